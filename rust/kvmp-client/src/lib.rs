@@ -1,0 +1,1 @@
+//! kvmp client

@@ -1,0 +1,9 @@
+//! kvmp's shared shapes: segment, rings, slots, block store, policies, wire types.
+//!
+//! No tokio, no PyO3. `unsafe` only where shared bytes are touched.
+
+pub mod geometry;
+pub mod ids;
+pub mod namespace;
+pub mod slot;
+pub mod sync;
