@@ -2,8 +2,12 @@
 //!
 //! No tokio, no PyO3. `unsafe` only where shared bytes are touched.
 
+pub mod clock;
 pub mod geometry;
 pub mod ids;
 pub mod namespace;
+pub mod per_slot;
+pub mod policy;
 pub mod slot;
+pub mod store;
 pub mod sync;
