@@ -8,6 +8,10 @@ pub mod ids;
 pub mod namespace;
 pub mod per_slot;
 pub mod policy;
+pub mod ring;
+pub mod segment;
 pub mod slot;
 pub mod store;
 pub mod sync;
+#[cfg(not(loom))]
+pub mod wire;
