@@ -78,3 +78,54 @@ unsafe fn stream_line(src: *const u8, dst: *mut u8) {
         unsafe { _mm_stream_si128(dst.wrapping_add(lane), value) };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Copies `len` bytes between buffers of other bytes, `from` and `to` bytes in; gives the target and what it should be.
+    fn copied(len: usize, from: usize, to: usize, stream: bool) -> (Vec<u8>, Vec<u8>) {
+        let src: Vec<u8> = (0..from + len).map(|at| (at % 251) as u8).collect();
+        let mut dst = vec![255; to + len + 128];
+        let mut expected = dst.clone();
+        expected[to..to + len].copy_from_slice(&src[from..]);
+        // SAFETY: `src` has `from + len` bytes and `dst` more than `to + len`; they are two vectors.
+        unsafe {
+            copy(
+                src.as_ptr().wrapping_add(from),
+                dst.as_mut_ptr().wrapping_add(to),
+                len,
+                stream,
+            )
+        };
+        drain();
+        (dst, expected)
+    }
+
+    #[test]
+    fn any_length_and_alignment_moves_just_its_bytes() {
+        for len in [
+            0,
+            1,
+            63,
+            STREAM_MIN - 1,
+            STREAM_MIN,
+            STREAM_MIN + 1,
+            STREAM_MIN + 63,
+            3 * STREAM_MIN + 17,
+        ] {
+            for (from, to) in (0..70).flat_map(|to| [(0, to), (3, to), (to, to)]) {
+                let (dst, expected) = copied(len, from, to, true);
+                assert!(dst == expected, "{len} bytes from {from} to {to}");
+            }
+        }
+    }
+
+    #[test]
+    fn plain_and_streamed_copies_agree() {
+        assert_eq!(
+            copied(STREAM_MIN + 100, 5, 9, false),
+            copied(STREAM_MIN + 100, 5, 9, true)
+        );
+    }
+}
