@@ -51,7 +51,9 @@ pub enum ServerError {
         dir: PathBuf,
     },
     /// Another server has the name.
-    #[error("a kvmp server (pid {pid}) already runs under the name '{name}'; stop it with `kill {pid}`, or take another --name")]
+    #[error(
+        "a kvmp server (pid {pid}) already runs under the name '{name}'; stop it with `kill {pid}`, or take another --name"
+    )]
     NameTaken {
         /// The name.
         name: String,
@@ -74,6 +76,9 @@ pub enum ServerError {
         /// What is wrong, and the mend.
         why: String,
     },
+    /// A running server was asked for something and it did not work out.
+    #[error("{0}")]
+    Asked(String),
     /// A system call failed.
     #[error("{what}: {source}")]
     Os {
