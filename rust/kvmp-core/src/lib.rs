@@ -5,5 +5,9 @@
 pub mod geometry;
 pub mod ids;
 pub mod namespace;
+pub mod ring;
+pub mod segment;
 pub mod slot;
 pub mod sync;
+#[cfg(not(loom))]
+pub mod wire;
