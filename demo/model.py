@@ -1,6 +1,7 @@
 """The tiny Llama that the demo and the tests run: made here, seeded, so that nothing is downloaded."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 VOCABULARY = 32_000
 MAX_TOKENS = 8_192
@@ -12,16 +13,21 @@ _INITIALIZER_RANGE = 0.3
 
 
 def ensure_model(folder: Path) -> Path:
-    """The model's folder, written there first unless it is complete already."""
-    if not (folder / "model.safetensors").exists():
-        _write_model(folder)
+    """The model's folder, made first unless it is there."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent) as scratch:
+            _write_model(Path(scratch) / "model")
+            (Path(scratch) / "model").rename(folder)  # so that a folder that is there is complete
     return folder
 
 
 def _write_model(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
