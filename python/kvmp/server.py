@@ -120,23 +120,15 @@ def launch(
     removes its segment when it ends. ``env`` is added to this process's environment. Raises ``KvmpError`` with the
     server's last lines when it is not ready within ``timeout_s`` seconds.
     """
+    if socket is not None and _answers(f"unix:{os.fspath(socket)}", timeout_s):
+        raise KvmpError(f"a server already answers at {os.fspath(socket)}: stop it, or give launch() another socket")
     name = name or f"launch-{os.getpid()}-{secrets.token_hex(4)}"
     folder = Path(tempfile.mkdtemp(prefix="kvmp-"))
     path = Path(socket) if socket is not None else folder / "kvmp.sock"
-    if socket is not None and _answers(f"unix:{path}", timeout_s):
-        raise KvmpError(f"another server already answers at {path}: stop it, or give launch() another socket")
-    options = {
-        "size": size,
-        "name": name,
-        "socket": path,
-        "policy": policy,
-        "chunk": chunk,
-        "arena-dir": arena_dir,
-        "tcp": tcp or "off",
-    }
-    command = [sys.executable, "-m", "kvmp", "serve", *_flags(options), *(["--ephemeral"] if ephemeral else [])]
+    options = {"size": size, "name": name, "socket": path, "policy": policy, "chunk": chunk, "arena-dir": arena_dir}
+    flags = [*_flags({**options, "tcp": tcp or "off"}), *(["--ephemeral"] if ephemeral else [])]
     server = Server(
-        command,
+        [sys.executable, "-m", "kvmp", "serve", *flags],
         segment=Path(arena_dir) / f"{name}.kvmp",
         socket=path,
         folder=folder,
