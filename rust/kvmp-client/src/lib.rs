@@ -1,1 +1,3 @@
 //! kvmp client
+
+pub mod copy;
