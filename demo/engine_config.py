@@ -25,8 +25,12 @@ class EngineConfig:
     """Blocks of the engine's own KV cache, where a test needs it small; takes the place of ``kv_bytes``."""
     tensor_parallel: int = 1
     dtype: str = "float32"
+    connector_module: str = "kvmp.vllm.connector"
+    """Where its ``KvmpConnector`` is; a test may have one that is wrong on purpose."""
     connector_config: dict[str, Any] = field(default_factory=dict)
     """More keys of ``kv_connector_extra_config``."""
+    env: dict[str, str] = field(default_factory=dict)
+    """More of its processes' environment."""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """More of vLLM's ``EngineArgs``, which win over those made here."""
 
@@ -59,7 +63,7 @@ class EngineConfig:
     def _kv_transfer_config(self) -> dict[str, Any]:
         return {
             "kv_connector": "KvmpConnector",
-            "kv_connector_module_path": "kvmp.vllm.connector",
+            "kv_connector_module_path": self.connector_module,
             "kv_role": "kv_both",
             "kv_connector_extra_config": {"kvmp.endpoint": self.endpoint, **self.connector_config},
         }
@@ -70,6 +74,7 @@ class EngineConfig:
             "VLLM_CPU_OMP_THREADS_BIND": bindings(sorted(os.sched_getaffinity(0)), self.tensor_parallel),
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
+            **self.env,
         }
 
 
