@@ -2,10 +2,7 @@
 //!
 //! `cargo bench -p kvmp-client --bench copy`. Each round moves other blocks of 512 MiB, so nothing is in a cache.
 
-#![expect(
-    clippy::expect_used,
-    reason = "a benchmark ends at the first thing that goes wrong"
-)]
+#![expect(clippy::expect_used, reason = "a benchmark ends at the first thing that goes wrong")]
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use kvmp_client::copy::{ArenaView, BlockLayout, CopyError, Run, Touch, load, populate, store};
@@ -29,18 +26,8 @@ impl Bench {
         let file = tempfile::tempfile_in("/dev/shm").expect("a file in /dev/shm");
         file.set_len(BYTES as u64).expect("its length");
         let arena = MmapRaw::map_raw(&file).expect("the arena's mapping");
-        let kv = MmapOptions::new()
-            .len(BYTES)
-            .map_anon()
-            .expect("the engine's memory")
-            .into();
-        let bench = Self {
-            kv,
-            arena,
-            layers,
-            run,
-            round: 0,
-        };
+        let kv = MmapOptions::new().len(BYTES).map_anon().expect("the engine's memory").into();
+        let bench = Self { kv, arena, layers, run, round: 0 };
         for map in [&bench.kv, &bench.arena] {
             populate(map.as_mut_ptr(), BYTES, Touch::Write, || true).expect("its pages");
         }
@@ -49,10 +36,7 @@ impl Bench {
 
     /// vLLM's default: all blocks of a layer, then the next layer.
     fn layout(&self) -> BlockLayout {
-        let (base, blocks) = (
-            self.kv.as_mut_ptr().expose_provenance(),
-            BYTES / (self.layers * self.run),
-        );
+        let (base, blocks) = (self.kv.as_mut_ptr().expose_provenance(), BYTES / (self.layers * self.run));
         let run = |layer: usize| Run {
             addr: base + layer * blocks * self.run,
             block_stride: self.run as isize,
@@ -69,20 +53,12 @@ impl Bench {
         self.round += 1;
         let place = |at: usize| {
             let at = at + self.round * count;
-            (
-                (at * 37 % blocks) as u32,
-                ((at * 53 + 11) % blocks * part) as u64,
-            )
+            ((at * 37 % blocks) as u32, ((at * 53 + 11) % blocks * part) as u64)
         };
         (0..count).map(place).collect()
     }
 
-    fn copy(
-        &mut self,
-        layout: &BlockLayout,
-        is_store: bool,
-        threads: Option<usize>,
-    ) -> Result<(), CopyError> {
+    fn copy(&mut self, layout: &BlockLayout, is_store: bool, threads: Option<usize>) -> Result<(), CopyError> {
         let pairs = self.pairs(layout);
         let arena = ArenaView::new(self.arena.as_mut_ptr(), BYTES);
         let op = if is_store { store } else { load };
@@ -93,28 +69,20 @@ impl Bench {
     fn memcpy(&mut self) {
         self.round += 1;
         let at = self.round * ROUND % BYTES;
-        let (src, dst) = (
-            self.kv.as_mut_ptr().wrapping_add(at),
-            self.arena.as_mut_ptr().wrapping_add(at),
-        );
+        let (src, dst) = (self.kv.as_mut_ptr().wrapping_add(at), self.arena.as_mut_ptr().wrapping_add(at));
         // SAFETY: both mappings are this benchmark's own, live and apart, and `at + ROUND` is within them.
         unsafe { std::ptr::copy_nonoverlapping(src, dst, ROUND) };
     }
 }
 
 fn copies(criterion: &mut Criterion) {
-    let shapes = [
-        ("32 runs of 64 KiB", 32, 64 << 10),
-        ("1 run of 2 MiB", 1, 2 << 20),
-        ("512 runs of 4 KiB", 512, 4096),
-    ];
+    let shapes =
+        [("32 runs of 64 KiB", 32, 64 << 10), ("1 run of 2 MiB", 1, 2 << 20), ("512 runs of 4 KiB", 512, 4096)];
     for (name, layers, run) in shapes {
         let mut bench = Bench::new(layers, run);
         let layout = bench.layout();
         let mut group = criterion.benchmark_group(name);
-        group
-            .throughput(Throughput::Bytes(ROUND as u64))
-            .sample_size(20);
+        group.throughput(Throughput::Bytes(ROUND as u64)).sample_size(20);
         group.bench_function("plain memcpy", |b| b.iter(|| bench.memcpy()));
         for threads in [Some(1), None] {
             let label = threads.map_or("as many threads as help".into(), |n| format!("{n} thread"));

@@ -88,27 +88,15 @@ fn a_copy_of_no_blocks_is_done() {
 fn pairs_that_race_are_refused() {
     let mut twice = Case::dense(4, 64, &[(1, 0), (2, 64), (1, 128)]);
     assert_eq!(copy(&mut twice, true), Ok(()));
-    assert_eq!(
-        copy(&mut twice, false),
-        Err(CopyError::DuplicateBlock { block: 1 })
-    );
+    assert_eq!(copy(&mut twice, false), Err(CopyError::DuplicateBlock { block: 1 }));
     let mut same_part = Case::dense(4, 64, &[(1, 0), (2, 63)]);
-    assert_eq!(
-        copy(&mut same_part, true),
-        Err(CopyError::PartsOverlap {
-            first: 0,
-            second: 63
-        })
-    );
+    assert_eq!(copy(&mut same_part, true), Err(CopyError::PartsOverlap { first: 0, second: 63 }));
 }
 
 #[test]
 fn offsets_that_wrap_and_zero_threads_are_refused() {
     let mut wraps = Case::dense(4, 64, &[(1, u64::MAX - 3)]);
-    assert!(matches!(
-        copy(&mut wraps, true),
-        Err(CopyError::Arena { .. })
-    ));
+    assert!(matches!(copy(&mut wraps, true), Err(CopyError::Arena { .. })));
     let mut none = Case::dense(4, 64, &[(1, 0)]);
     none.threads = Some(0);
     assert_eq!(copy(&mut none, true), Err(CopyError::NoThreads));
@@ -116,12 +104,7 @@ fn offsets_that_wrap_and_zero_threads_are_refused() {
 }
 
 fn run(addr: usize, block_stride: isize, len: usize, part_offset: usize) -> Run {
-    Run {
-        addr,
-        block_stride,
-        len,
-        part_offset,
-    }
+    Run { addr, block_stride, len, part_offset }
 }
 
 #[test]
@@ -134,19 +117,14 @@ fn runs_end_to_end_become_one() {
         run(4096, 256, 64, 0),
     ];
     let layout = BlockLayout::new(runs, 8).unwrap();
-    assert_eq!(
-        layout.runs(),
-        [run(4096, 256, 192, 0), run(9 << 20, 64, 64, 192)]
-    );
+    assert_eq!(layout.runs(), [run(4096, 256, 192, 0), run(9 << 20, 64, 64, 192)]);
     assert_eq!((layout.part_bytes(), layout.num_blocks()), (256, 8));
 }
 
 #[test]
 fn heads_outside_blocks_are_no_overlap() {
     // Layout LHBNC: one stride, equal residues, spans side by side.
-    let runs = (0..4)
-        .map(|head| run(4096 + head * 640, 64, 64, head * 64))
-        .collect();
+    let runs = (0..4).map(|head| run(4096 + head * 640, 64, 64, head * 64)).collect();
     assert_eq!(BlockLayout::new(runs, 10).unwrap().runs().len(), 4);
 }
 
@@ -154,77 +132,26 @@ fn heads_outside_blocks_are_no_overlap() {
 fn layouts_that_cannot_be_are_refused() {
     let refused = |runs: &[Run], blocks| BlockLayout::new(runs.to_vec(), blocks).unwrap_err();
     assert!(matches!(refused(&[], 4), CopyError::Empty { .. }));
-    assert!(matches!(
-        refused(&[run(64, 64, 64, 0)], 0),
-        CopyError::Empty { .. }
-    ));
-    assert!(matches!(
-        refused(&[run(64, 64, 0, 0)], 4),
-        CopyError::Extent { .. }
-    ));
-    assert!(matches!(
-        refused(&[run(64, isize::MAX, 64, 0)], 4),
-        CopyError::Extent { .. }
-    ));
-    assert!(matches!(
-        refused(&[run(64, -64, 64, 0)], 4),
-        CopyError::Extent { .. }
-    ));
-    assert!(matches!(
-        refused(&[run(usize::MAX - 64, 64, 64, 0)], 4),
-        CopyError::Extent { .. }
-    ));
-    assert_eq!(
-        refused(&[run(64, 64, 64, 8)], 4),
-        CopyError::Tiling {
-            expected: 0,
-            found: 8
-        }
-    );
-    assert_eq!(
-        refused(&[run(64, 64, 64, 0), run(4096, 64, 64, 60)], 4),
-        CopyError::Tiling {
-            expected: 64,
-            found: 60
-        }
-    );
-    assert_eq!(
-        refused(&[run(64, 64, 64, 0), run(4096, 64, 64, 68)], 4),
-        CopyError::Tiling {
-            expected: 64,
-            found: 68
-        }
-    );
+    assert!(matches!(refused(&[run(64, 64, 64, 0)], 0), CopyError::Empty { .. }));
+    assert!(matches!(refused(&[run(64, 64, 0, 0)], 4), CopyError::Extent { .. }));
+    assert!(matches!(refused(&[run(64, isize::MAX, 64, 0)], 4), CopyError::Extent { .. }));
+    assert!(matches!(refused(&[run(64, -64, 64, 0)], 4), CopyError::Extent { .. }));
+    assert!(matches!(refused(&[run(usize::MAX - 64, 64, 64, 0)], 4), CopyError::Extent { .. }));
+    assert_eq!(refused(&[run(64, 64, 64, 8)], 4), CopyError::Tiling { expected: 0, found: 8 });
+    assert_eq!(refused(&[run(64, 64, 64, 0), run(4096, 64, 64, 60)], 4), CopyError::Tiling { expected: 64, found: 60 });
+    assert_eq!(refused(&[run(64, 64, 64, 0), run(4096, 64, 64, 68)], 4), CopyError::Tiling { expected: 64, found: 68 });
 }
 
 #[test]
 fn memory_that_overlaps_is_refused() {
     let refused = |runs: &[Run], blocks| BlockLayout::new(runs.to_vec(), blocks).unwrap_err();
-    assert!(matches!(
-        refused(&[run(64, 0, 64, 0)], 2),
-        CopyError::BlocksOverlap { .. }
-    ));
-    assert!(matches!(
-        refused(&[run(4096, -63, 64, 0)], 2),
-        CopyError::BlocksOverlap { .. }
-    ));
+    assert!(matches!(refused(&[run(64, 0, 64, 0)], 2), CopyError::BlocksOverlap { .. }));
+    assert!(matches!(refused(&[run(4096, -63, 64, 0)], 2), CopyError::BlocksOverlap { .. }));
     let two = |second: Run, blocks| refused(&[run(4096, 256, 64, 0), second], blocks);
-    assert!(matches!(
-        two(run(4096 + 32, 256, 64, 64), 4),
-        CopyError::RunsOverlap { .. }
-    ));
-    assert!(matches!(
-        two(run(4096 + 256 + 224, 256, 64, 64), 4),
-        CopyError::RunsOverlap { .. }
-    ));
-    assert!(matches!(
-        two(run(4096 + 128, 512, 64, 64), 4),
-        CopyError::RunsOverlap { .. }
-    ));
-    assert!(matches!(
-        two(run(4096 + 63, 256, 64, 64), 1),
-        CopyError::RunsOverlap { .. }
-    ));
+    assert!(matches!(two(run(4096 + 32, 256, 64, 64), 4), CopyError::RunsOverlap { .. }));
+    assert!(matches!(two(run(4096 + 256 + 224, 256, 64, 64), 4), CopyError::RunsOverlap { .. }));
+    assert!(matches!(two(run(4096 + 128, 512, 64, 64), 4), CopyError::RunsOverlap { .. }));
+    assert!(matches!(two(run(4096 + 63, 256, 64, 64), 1), CopyError::RunsOverlap { .. }));
     // One block of memory has no stride to overlap by.
     assert!(BlockLayout::new(vec![run(64, 0, 64, 0)], 1).is_ok());
 }

@@ -99,7 +99,9 @@ impl ConfigSource {
 
     /// Checks everything and fills in the defaults.
     pub fn resolve(self) -> Result<ServerConfig, ServerError> {
-        let size = self.size.ok_or_else(|| config_error("--size", "is missing; say how much memory to use, as in --size 4GiB"))?;
+        let size = self
+            .size
+            .ok_or_else(|| config_error("--size", "is missing; say how much memory to use, as in --size 4GiB"))?;
         let size = parse_size(&size).map_err(|e| config_error("--size", e))?;
         if size == 0 {
             return Err(config_error("--size", "must be more than 0"));
@@ -108,7 +110,7 @@ impl ConfigSource {
         let name = checked_name(self.name.unwrap_or_else(|| DEFAULT_NAME.into()))?;
         let tcp_required = self.tcp.is_some();
         let policy = self.policy.unwrap_or_else(|| "lru".into());
-        kvmp_core::policy::create(&policy).map_err(|e| config_error("--policy", e))?;
+        kvmp_core::policy::factory(&policy).map_err(|e| config_error("--policy", e))?;
         Ok(ServerConfig {
             size,
             socket: self.socket.unwrap_or_else(|| default_socket(&name)),
@@ -129,7 +131,10 @@ impl ConfigSource {
 pub fn checked_name(name: String) -> Result<String, ServerError> {
     let fine = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     if name.is_empty() || name.len() > 64 || name.starts_with('.') || !name.chars().all(fine) {
-        return Err(config_error("--name", format!("'{name}' must be 1 to 64 of A-Z a-z 0-9 . _ - and not begin with a dot")));
+        return Err(config_error(
+            "--name",
+            format!("'{name}' must be 1 to 64 of A-Z a-z 0-9 . _ - and not begin with a dot"),
+        ));
     }
     Ok(name)
 }
@@ -140,10 +145,14 @@ fn parse_tcp(given: &str) -> Result<Option<SocketAddr>, ServerError> {
         return Ok(None);
     }
     let text = given.strip_prefix("tcp://").unwrap_or(given).replace("localhost:", "127.0.0.1:");
-    let address: SocketAddr =
-        text.parse().map_err(|_| config_error("--tcp", format!("'{given}' is no HOST:PORT of this machine, as in 127.0.0.1:5555")))?;
+    let address: SocketAddr = text.parse().map_err(|_| {
+        config_error("--tcp", format!("'{given}' is no HOST:PORT of this machine, as in 127.0.0.1:5555"))
+    })?;
     if !address.ip().is_loopback() {
-        return Err(config_error("--tcp", format!("'{given}' is not a loopback address; the cache is shared on one node only")));
+        return Err(config_error(
+            "--tcp",
+            format!("'{given}' is not a loopback address; the cache is shared on one node only"),
+        ));
     }
     Ok(Some(address))
 }

@@ -51,7 +51,9 @@ pub enum ServerError {
         dir: PathBuf,
     },
     /// Another server has the name.
-    #[error("a kvmp server (pid {pid}) already runs under the name '{name}'; stop it with `kill {pid}`, or take another --name")]
+    #[error(
+        "a kvmp server (pid {pid}) already runs under the name '{name}'; stop it with `kill {pid}`, or take another --name"
+    )]
     NameTaken {
         /// The name.
         name: String,

@@ -90,30 +90,14 @@ mod tests {
         let mut expected = dst.clone();
         expected[to..to + len].copy_from_slice(&src[from..]);
         // SAFETY: `src` has `from + len` bytes and `dst` more than `to + len`; they are two vectors.
-        unsafe {
-            copy(
-                src.as_ptr().wrapping_add(from),
-                dst.as_mut_ptr().wrapping_add(to),
-                len,
-                stream,
-            )
-        };
+        unsafe { copy(src.as_ptr().wrapping_add(from), dst.as_mut_ptr().wrapping_add(to), len, stream) };
         drain();
         (dst, expected)
     }
 
     #[test]
     fn any_length_and_alignment_moves_just_its_bytes() {
-        for len in [
-            0,
-            1,
-            63,
-            STREAM_MIN - 1,
-            STREAM_MIN,
-            STREAM_MIN + 1,
-            STREAM_MIN + 63,
-            3 * STREAM_MIN + 17,
-        ] {
+        for len in [0, 1, 63, STREAM_MIN - 1, STREAM_MIN, STREAM_MIN + 1, STREAM_MIN + 63, 3 * STREAM_MIN + 17] {
             for (from, to) in (0..70).flat_map(|to| [(0, to), (3, to), (to, to)]) {
                 let (dst, expected) = copied(len, from, to, true);
                 assert!(dst == expected, "{len} bytes from {from} to {to}");
@@ -123,9 +107,6 @@ mod tests {
 
     #[test]
     fn plain_and_streamed_copies_agree() {
-        assert_eq!(
-            copied(STREAM_MIN + 100, 5, 9, false),
-            copied(STREAM_MIN + 100, 5, 9, true)
-        );
+        assert_eq!(copied(STREAM_MIN + 100, 5, 9, false), copied(STREAM_MIN + 100, 5, 9, true));
     }
 }

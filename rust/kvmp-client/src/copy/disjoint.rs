@@ -27,23 +27,14 @@ pub(super) fn check_disjoint(runs: &[Run], num_blocks: u32) -> Result<(), CopyEr
 }
 
 fn check_blocks(runs: &[Run]) -> Result<(), CopyError> {
-    match runs
-        .iter()
-        .find(|run| run.block_stride.unsigned_abs() < run.len)
-    {
+    match runs.iter().find(|run| run.block_stride.unsigned_abs() < run.len) {
         Some(&run) => Err(CopyError::BlocksOverlap { run }),
         None => Ok(()),
     }
 }
 
 fn spans(runs: &[Run], num_blocks: u32) -> Vec<Span> {
-    let span = |run: &Run| {
-        run.span(num_blocks).map(|(start, end)| Span {
-            start,
-            end,
-            run: *run,
-        })
-    };
+    let span = |run: &Run| run.span(num_blocks).map(|(start, end)| Span { start, end, run: *run });
     runs.iter().filter_map(span).collect()
 }
 
@@ -67,14 +58,9 @@ fn check_cluster(cluster: &[Span], num_blocks: u32) -> Result<(), CopyError> {
         return Ok(());
     };
     let stride = first.run.block_stride.unsigned_abs();
-    let stranger = others
-        .iter()
-        .find(|other| num_blocks == 1 || other.run.block_stride.unsigned_abs() != stride);
+    let stranger = others.iter().find(|other| num_blocks == 1 || other.run.block_stride.unsigned_abs() != stride);
     match stranger {
-        Some(other) => Err(CopyError::RunsOverlap {
-            first: first.run,
-            second: other.run,
-        }),
+        Some(other) => Err(CopyError::RunsOverlap { first: first.run, second: other.run }),
         None if others.is_empty() => Ok(()),
         None => check_residues(cluster, stride),
     }
@@ -82,16 +68,9 @@ fn check_cluster(cluster: &[Span], num_blocks: u32) -> Result<(), CopyError> {
 
 /// Runs of one `stride` are disjoint for any number of blocks if they are on a ring of `stride` bytes.
 fn check_residues(cluster: &[Span], stride: usize) -> Result<(), CopyError> {
-    let mut on_ring: Vec<(usize, Run)> = cluster
-        .iter()
-        .map(|span| (span.start % stride, span.run))
-        .collect();
+    let mut on_ring: Vec<(usize, Run)> = cluster.iter().map(|span| (span.start % stride, span.run)).collect();
     on_ring.sort_unstable_by_key(|&(at, _)| at);
-    let next = on_ring
-        .iter()
-        .skip(1)
-        .copied()
-        .chain(on_ring.first().map(|&(at, run)| (at + stride, run)));
+    let next = on_ring.iter().skip(1).copied().chain(on_ring.first().map(|&(at, run)| (at + stride, run)));
     for (&(at, first), (next_at, second)) in on_ring.iter().zip(next) {
         if at + first.len > next_at {
             return Err(CopyError::RunsOverlap { first, second });

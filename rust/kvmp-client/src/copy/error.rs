@@ -6,9 +6,7 @@ use super::Run;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CopyError {
     /// A layout of nothing.
-    #[error(
-        "a block layout needs at least one run of bytes and one block; got {runs} runs and {num_blocks} blocks"
-    )]
+    #[error("a block layout needs at least one run of bytes and one block; got {runs} runs and {num_blocks} blocks")]
     Empty {
         /// Runs given.
         runs: usize,
@@ -24,9 +22,7 @@ pub enum CopyError {
         num_blocks: u32,
     },
     /// The runs leave a gap in the part, or two of them claim the same bytes of it.
-    #[error(
-        "the runs must tile the part: after {expected} bytes comes a run at part offset {found}"
-    )]
+    #[error("the runs must tile the part: after {expected} bytes comes a run at part offset {found}")]
     Tiling {
         /// Where the next run had to start, bytes.
         expected: usize,
@@ -34,17 +30,13 @@ pub enum CopyError {
         found: usize,
     },
     /// Two blocks of one run share memory.
-    #[error(
-        "{run:x?}: its blocks overlap, as the stride is shorter than the run; expanded tensors cannot be cached"
-    )]
+    #[error("{run:x?}: its blocks overlap, as the stride is shorter than the run; expanded tensors cannot be cached")]
     BlocksOverlap {
         /// The run.
         run: Run,
     },
     /// Two runs share memory, or lie in each other's span with different block strides.
-    #[error(
-        "{first:x?} and {second:x?} overlap in memory, or interleave with different block strides"
-    )]
+    #[error("{first:x?} and {second:x?} overlap in memory, or interleave with different block strides")]
     RunsOverlap {
         /// The run at the lower address.
         first: Run,
@@ -60,9 +52,7 @@ pub enum CopyError {
         num_blocks: u32,
     },
     /// A part that does not lie in the arena.
-    #[error(
-        "a part of {part_bytes} bytes at arena offset {offset} is outside the arena of {arena_bytes} bytes"
-    )]
+    #[error("a part of {part_bytes} bytes at arena offset {offset} is outside the arena of {arena_bytes} bytes")]
     Arena {
         /// Offset of the part, bytes.
         offset: u64,
@@ -78,9 +68,7 @@ pub enum CopyError {
         block: u32,
     },
     /// A store to arena bytes twice: which bytes would win is chance.
-    #[error(
-        "one store names overlapping parts at arena offsets {first} and {second}; each slot may be named once"
-    )]
+    #[error("one store names overlapping parts at arena offsets {first} and {second}; each slot may be named once")]
     PartsOverlap {
         /// Lower offset, bytes.
         first: u64,

@@ -24,25 +24,20 @@ impl Run {
 
     /// Address of `block`'s bytes; in bounds for every block of a layout that holds this run.
     pub(super) fn addr_of(&self, block: u32) -> usize {
-        self.addr
-            .wrapping_add_signed(self.block_stride.wrapping_mul(block as isize))
+        self.addr.wrapping_add_signed(self.block_stride.wrapping_mul(block as isize))
     }
 
     /// First address and end of all blocks' bytes, or nothing if they leave the address space.
     pub(super) fn span(&self, num_blocks: u32) -> Option<(usize, usize)> {
-        let reach = self
-            .block_stride
-            .checked_mul(isize::try_from(num_blocks.checked_sub(1)?).ok()?)?;
+        let reach = self.block_stride.checked_mul(isize::try_from(num_blocks.checked_sub(1)?).ok()?)?;
         let last = self.addr.checked_add_signed(reach)?;
         let end = self.addr.max(last).checked_add(self.len)?;
-        (isize::try_from(end).is_ok() && self.len > 0 && self.addr.min(last) > 0)
-            .then_some((self.addr.min(last), end))
+        (isize::try_from(end).is_ok() && self.len > 0 && self.addr.min(last) > 0).then_some((self.addr.min(last), end))
     }
 
     /// Whether `next` goes on where this run ends, in memory and for every block.
     fn joins(&self, next: &Self, num_blocks: u32) -> bool {
-        self.addr + self.len == next.addr
-            && (num_blocks == 1 || self.block_stride == next.block_stride)
+        self.addr + self.len == next.addr && (num_blocks == 1 || self.block_stride == next.block_stride)
     }
 }
 
@@ -64,10 +59,7 @@ impl BlockLayout {
     /// Runs that are empty, do not tile the part, leave the address space or overlap in memory.
     pub fn new(mut runs: Vec<Run>, num_blocks: u32) -> Result<Self, CopyError> {
         if runs.is_empty() || num_blocks == 0 {
-            return Err(CopyError::Empty {
-                runs: runs.len(),
-                num_blocks,
-            });
+            return Err(CopyError::Empty { runs: runs.len(), num_blocks });
         }
         if let Some(&run) = runs.iter().find(|run| run.span(num_blocks).is_none()) {
             return Err(CopyError::Extent { run, num_blocks });
@@ -76,11 +68,7 @@ impl BlockLayout {
         let part_bytes = tiled_bytes(&runs)?;
         let runs = coalesce(runs, num_blocks);
         check_disjoint(&runs, num_blocks)?;
-        Ok(Self {
-            runs,
-            num_blocks,
-            part_bytes,
-        })
+        Ok(Self { runs, num_blocks, part_bytes })
     }
 
     /// The runs after joining, by part offset.
@@ -103,9 +91,7 @@ impl BlockLayout {
 
     /// The runs from the one that holds byte `part_offset` on.
     pub(super) fn runs_from(&self, part_offset: usize) -> &[Run] {
-        let first = self
-            .runs
-            .partition_point(|run| run.part_end() <= part_offset);
+        let first = self.runs.partition_point(|run| run.part_end() <= part_offset);
         &self.runs[first..]
     }
 }
@@ -113,10 +99,7 @@ impl BlockLayout {
 /// Bytes that the sorted runs tile.
 fn tiled_bytes(runs: &[Run]) -> Result<usize, CopyError> {
     runs.iter().try_fold(0usize, |expected, run| {
-        let tiling = CopyError::Tiling {
-            expected,
-            found: run.part_offset,
-        };
+        let tiling = CopyError::Tiling { expected, found: run.part_offset };
         if run.part_offset != expected {
             return Err(tiling);
         }

@@ -46,10 +46,7 @@ pub fn populate(
     mut keep_going: impl FnMut() -> bool,
 ) -> io::Result<Populated> {
     if !base.addr().is_multiple_of(PAGE) {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            format!("{base:?} is not on a page boundary"),
-        ));
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{base:?} is not on a page boundary")));
     }
     for at in (0..len).step_by(STEP) {
         if !keep_going() {
@@ -98,11 +95,7 @@ mod tests {
             let map = shared_map(STEP + 3 * PAGE);
             assert_eq!(resident_pages(&map), 0);
             let done = populate(map.as_mut_ptr(), map.len(), touch, || true).unwrap();
-            let expected = if done == Populated::All {
-                map.len() / PAGE
-            } else {
-                0
-            };
+            let expected = if done == Populated::All { map.len() / PAGE } else { 0 };
             assert_eq!(resident_pages(&map), expected);
         }
     }
@@ -111,10 +104,7 @@ mod tests {
     fn it_stops_between_steps() {
         let map = shared_map(3 * STEP);
         let mut steps = 1..=1;
-        let done = populate(map.as_mut_ptr(), map.len(), Touch::Read, || {
-            steps.next().is_some()
-        })
-        .unwrap();
+        let done = populate(map.as_mut_ptr(), map.len(), Touch::Read, || steps.next().is_some()).unwrap();
         assert!(resident_pages(&map) * PAGE <= STEP);
         assert_ne!(done, Populated::All);
     }
@@ -124,12 +114,7 @@ mod tests {
         let map = shared_map(STEP);
         let off = populate(map.as_mut_ptr().wrapping_add(1), 4096, Touch::Read, || true);
         assert_eq!(off.unwrap_err().kind(), io::ErrorKind::InvalidInput);
-        let past = populate(
-            map.as_mut_ptr().wrapping_add(STEP),
-            1 << 46,
-            Touch::Read,
-            || true,
-        );
+        let past = populate(map.as_mut_ptr().wrapping_add(STEP), 1 << 46, Touch::Read, || true);
         assert!(matches!(past, Err(_) | Ok(Populated::Unsupported)));
     }
 }

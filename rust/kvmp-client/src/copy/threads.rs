@@ -57,23 +57,12 @@ mod tests {
 
     #[test]
     fn pieces_tile_the_whole_whatever_the_threads() {
-        for (total, threads) in [
-            (0, 1),
-            (1, 3),
-            (PIECE, 2),
-            (5 * PIECE + 7, 1),
-            (5 * PIECE + 7, 4),
-        ] {
+        for (total, threads) in [(0, 1), (1, 3), (PIECE, 2), (5 * PIECE + 7, 1), (5 * PIECE + 7, 4)] {
             let seen = Mutex::new(Vec::new());
-            share(total, threads, |piece| {
-                seen.lock().unwrap().push((piece.start, piece.end))
-            });
+            share(total, threads, |piece| seen.lock().unwrap().push((piece.start, piece.end)));
             let mut seen = seen.into_inner().unwrap();
             seen.sort_unstable();
-            let ends = seen.iter().fold(
-                0,
-                |at, &(start, end)| if start == at { end } else { usize::MAX },
-            );
+            let ends = seen.iter().fold(0, |at, &(start, end)| if start == at { end } else { usize::MAX });
             assert_eq!(ends, total);
         }
     }

@@ -21,10 +21,7 @@ impl ArenaView {
     /// View of `len` bytes of arena from `base` on.
     #[must_use]
     pub fn new(base: *mut u8, len: usize) -> Self {
-        Self {
-            base: base.expose_provenance(),
-            len,
-        }
+        Self { base: base.expose_provenance(), len }
     }
 
     /// Bytes of the arena.
@@ -119,13 +116,7 @@ impl<'a> Copy<'a> {
         }
         // Saturates only if pairs repeat, and both directions refuse that next.
         let total = pairs.len().saturating_mul(layout.part_bytes());
-        Ok(Self {
-            direction,
-            layout,
-            arena,
-            pairs,
-            total,
-        })
+        Ok(Self { direction, layout, arena, pairs, total })
     }
 
     /// # Safety
@@ -178,33 +169,21 @@ impl<'a> Copy<'a> {
             Direction::Store => (memory, arena),
             Direction::Load => (arena, memory),
         };
-        let (src, dst) = (
-            std::ptr::with_exposed_provenance(src),
-            std::ptr::with_exposed_provenance_mut(dst),
-        );
+        let (src, dst) = (std::ptr::with_exposed_provenance(src), std::ptr::with_exposed_provenance_mut(dst));
         // SAFETY: `check_bounds` put the part in the arena and the block in the layout, whose runs are in bounds;
         // the caller vouches that both are mapped and apart, and `run` drains.
         unsafe { bytes::copy(src, dst, within.len(), stream) };
     }
 }
 
-fn check_bounds(
-    layout: &BlockLayout,
-    arena: ArenaView,
-    block: u32,
-    offset: u64,
-) -> Result<(), CopyError> {
+fn check_bounds(layout: &BlockLayout, arena: ArenaView, block: u32, offset: u64) -> Result<(), CopyError> {
     let (num_blocks, part_bytes) = (layout.num_blocks(), layout.part_bytes());
     if block >= num_blocks {
         return Err(CopyError::Block { block, num_blocks });
     }
     match offset.checked_add(part_bytes as u64) {
         Some(end) if end <= arena.len as u64 => Ok(()),
-        _ => Err(CopyError::Arena {
-            offset,
-            part_bytes,
-            arena_bytes: arena.len,
-        }),
+        _ => Err(CopyError::Arena { offset, part_bytes, arena_bytes: arena.len }),
     }
 }
 
@@ -220,14 +199,8 @@ fn check_blocks_once(pairs: &[(u32, u64)]) -> Result<(), CopyError> {
 fn check_parts_apart(pairs: &[(u32, u64)], part_bytes: usize) -> Result<(), CopyError> {
     let mut offsets: Vec<u64> = pairs.iter().map(|&(_, offset)| offset).collect();
     offsets.sort_unstable();
-    match offsets
-        .windows(2)
-        .find(|two| two[1] - two[0] < part_bytes as u64)
-    {
-        Some(two) => Err(CopyError::PartsOverlap {
-            first: two[0],
-            second: two[1],
-        }),
+    match offsets.windows(2).find(|two| two[1] - two[0] < part_bytes as u64) {
+        Some(two) => Err(CopyError::PartsOverlap { first: two[0], second: two[1] }),
         None => Ok(()),
     }
 }

@@ -30,17 +30,8 @@ pub struct Case {
 impl Case {
     /// One tensor with its blocks end to end, and an arena with room behind the last part.
     pub fn dense(num_blocks: u32, block_bytes: usize, pairs: &[(u32, u64)]) -> Self {
-        let place = Place {
-            at: GUARD,
-            block_stride: block_bytes as isize,
-            len: block_bytes,
-            part_offset: 0,
-        };
-        let end = pairs
-            .iter()
-            .map(|&(_, offset)| offset.min(8 << 20))
-            .max()
-            .unwrap_or(0) as usize;
+        let place = Place { at: GUARD, block_stride: block_bytes as isize, len: block_bytes, part_offset: 0 };
+        let end = pairs.iter().map(|&(_, offset)| offset.min(8 << 20)).max().unwrap_or(0) as usize;
         Self {
             places: vec![place],
             memory: noise(2 * GUARD + num_blocks as usize * block_bytes, 1),
@@ -68,9 +59,7 @@ impl Case {
         let mut pairs = Vec::new();
         for &(block, offset) in &self.pairs {
             for place in &self.places {
-                let from = place
-                    .at
-                    .wrapping_add_signed(place.block_stride * block as isize);
+                let from = place.at.wrapping_add_signed(place.block_stride * block as isize);
                 let to = offset as usize + place.part_offset;
                 pairs.extend((0..place.len).map(|byte| (from + byte, to + byte)));
             }
@@ -80,23 +69,17 @@ impl Case {
 }
 
 pub fn model_store(case: &Case, arena: &mut [u8]) {
-    case.byte_pairs()
-        .into_iter()
-        .for_each(|(from, to)| arena[to] = case.memory[from]);
+    case.byte_pairs().into_iter().for_each(|(from, to)| arena[to] = case.memory[from]);
 }
 
 pub fn model_load(case: &Case, memory: &mut [u8]) {
-    case.byte_pairs()
-        .into_iter()
-        .for_each(|(to, from)| memory[to] = case.arena[from]);
+    case.byte_pairs().into_iter().for_each(|(to, from)| memory[to] = case.arena[from]);
 }
 
 fn noise(len: usize, seed: u64) -> Vec<u8> {
     let mut state = seed;
     let mut next = || {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 56) as u8
     };
     (0..len).map(|_| next()).collect()
@@ -114,11 +97,7 @@ struct Region {
 fn region() -> impl Strategy<Value = Region> {
     let len = prop_oneof![4 => 1..300usize, 1 => 4000..5000usize];
     let runs = prop::collection::vec((0..40usize, len), 1..5);
-    (runs, 0..50usize, any::<bool>()).prop_map(|(runs, gap, downwards)| Region {
-        runs,
-        gap,
-        downwards,
-    })
+    (runs, 0..50usize, any::<bool>()).prop_map(|(runs, gap, downwards)| Region { runs, gap, downwards })
 }
 
 /// Random regions, tiled into the part in a random order; random distinct blocks and parts.
@@ -130,15 +109,8 @@ pub fn case() -> impl Strategy<Value = Case> {
         let blocks = Just((0..num_blocks).collect::<Vec<_>>()).prop_shuffle();
         let gaps = prop::collection::vec(0..70usize, num_blocks as usize);
         let threads = prop_oneof![Just(None), (1..4usize).prop_map(Some)];
-        (
-            order,
-            blocks,
-            0..=num_blocks as usize,
-            gaps,
-            threads,
-            any::<u64>(),
-        )
-            .prop_map(move |(order, blocks, named, gaps, threads, seed)| {
+        (order, blocks, 0..=num_blocks as usize, gaps, threads, any::<u64>()).prop_map(
+            move |(order, blocks, named, gaps, threads, seed)| {
                 let (places, end) = place(&regions, num_blocks, &order);
                 let part_bytes = places.iter().map(|place| place.len).sum();
                 let (pairs, arena_end) = scatter(&blocks[..named], &gaps, part_bytes);
@@ -151,7 +123,8 @@ pub fn case() -> impl Strategy<Value = Case> {
                     pairs,
                     threads,
                 }
-            })
+            },
+        )
     })
 }
 
@@ -159,25 +132,12 @@ pub fn case() -> impl Strategy<Value = Case> {
 fn place(regions: &[Region], num_blocks: u32, order: &[usize]) -> (Vec<Place>, usize) {
     let (mut places, mut start) = (Vec::new(), GUARD);
     for region in regions {
-        let block: usize = region
-            .runs
-            .iter()
-            .map(|(gap, len)| gap + len)
-            .sum::<usize>()
-            + region.gap;
+        let block: usize = region.runs.iter().map(|(gap, len)| gap + len).sum::<usize>() + region.gap;
         let bytes = block * num_blocks as usize;
-        let (block_stride, mut at) = if region.downwards {
-            (-(block as isize), start + bytes - block)
-        } else {
-            (block as isize, start)
-        };
+        let (block_stride, mut at) =
+            if region.downwards { (-(block as isize), start + bytes - block) } else { (block as isize, start) };
         for (gap, len) in &region.runs {
-            places.push(Place {
-                at: at + gap,
-                block_stride,
-                len: *len,
-                part_offset: 0,
-            });
+            places.push(Place { at: at + gap, block_stride, len: *len, part_offset: 0 });
             at += gap + len;
         }
         start += bytes;
@@ -197,10 +157,6 @@ fn scatter(blocks: &[u32], gaps: &[usize], part_bytes: usize) -> (Vec<(u32, u64)
         at = offset + part_bytes;
         offset as u64
     };
-    let pairs = blocks
-        .iter()
-        .zip(gaps)
-        .map(|(&block, &gap)| (block, next(gap)))
-        .collect();
+    let pairs = blocks.iter().zip(gaps).map(|(&block, &gap)| (block, next(gap))).collect();
     (pairs, at)
 }

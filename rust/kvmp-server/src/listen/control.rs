@@ -11,7 +11,8 @@ use kvmp_core::ids::EngineToken;
 use kvmp_core::ring::Ring;
 use kvmp_core::segment::{Access, Mapping};
 use kvmp_core::wire::{
-    ClientMessage, Geometries, Hello, LOOKUP_MAX, Refusal, Role, ServerMessage, SocketError, Welcome, peer_uid, receive, send,
+    ClientMessage, Geometries, Hello, LOOKUP_MAX, Refusal, Role, ServerMessage, SocketError, Welcome, peer_uid,
+    receive, send,
 };
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -85,7 +86,8 @@ impl Control {
     /// What is readable: `None` the listener, `Some` a connection. Nothing at all: stop.
     fn wait(&self) -> Option<Vec<Option<u64>>> {
         let ids: Vec<u64> = self.connections.keys().copied().collect();
-        let mut fds = vec![PollFd::new(&*self.start.stop, PollFlags::IN), PollFd::new(&self.start.socket.fd, PollFlags::IN)];
+        let mut fds =
+            vec![PollFd::new(&*self.start.stop, PollFlags::IN), PollFd::new(&self.start.socket.fd, PollFlags::IN)];
         fds.extend(ids.iter().map(|id| PollFd::new(&self.connections[id].fd, PollFlags::IN)));
         match poll(&mut fds, None) {
             Err(rustix::io::Errno::INTR) => return Some(Vec::new()),
@@ -134,7 +136,10 @@ impl Control {
             return Ok(());
         }
         tracing::warn!("pid {pid} of uid {uid} refused: this server serves uid {own}; allow it with --allow-uid {uid}");
-        Err(refusal(Refusal::Uid, format!("uid {uid} may not use the kvmp server of uid {own}; start it with --allow-uid {uid}")))
+        Err(refusal(
+            Refusal::Uid,
+            format!("uid {uid} may not use the kvmp server of uid {own}; start it with --allow-uid {uid}"),
+        ))
     }
 
     fn serve(&mut self, id: u64) {
@@ -147,7 +152,9 @@ impl Control {
             }
             Err(SocketError::TimedOut) => return,
             Err(SocketError::HangUp) => return self.close(id, "it hung up"),
-            Err(SocketError::Frame(e @ kvmp_core::wire::FrameError::Version { .. })) => Err(refusal(Refusal::Version, e.to_string())),
+            Err(SocketError::Frame(e @ kvmp_core::wire::FrameError::Version { .. })) => {
+                Err(refusal(Refusal::Version, e.to_string()))
+            }
             Err(e) => Err(refusal(Refusal::Protocol, e.to_string())),
         };
         if let Err(refused) = outcome {
@@ -155,7 +162,9 @@ impl Control {
                 refuse(connection.fd.as_fd(), &refused);
             }
             // A namespace that is refused leaves the session as it was; all else ends it.
-            if !matches!(refused.refusal, Refusal::Namespace | Refusal::Full) || self.connections.get(&id).is_none_or(|c| c.session.is_none()) {
+            if !matches!(refused.refusal, Refusal::Namespace | Refusal::Full)
+                || self.connections.get(&id).is_none_or(|c| c.session.is_none())
+            {
                 self.close(id, &refused.message);
             } else {
                 tracing::info!("session {id}: {}", refused.message);
@@ -172,7 +181,8 @@ impl Control {
                 self.reply(id, &ServerMessage::Opened(*opened))
             }
             (ClientMessage::Join { namespace, digest, layout }, Some(session)) => {
-                let opened = self.start.plane.ask(|reply| Command::Join { session, namespace, digest, layout, reply })?;
+                let opened =
+                    self.start.plane.ask(|reply| Command::Join { session, namespace, digest, layout, reply })?;
                 self.reply(id, &ServerMessage::Opened(*opened))
             }
             (ClientMessage::Hello(_), Some(_)) => Err(refusal(Refusal::Protocol, "a second hello on one connection")),
@@ -198,19 +208,25 @@ impl Control {
     }
 
     fn welcome(&mut self, id: u64, hello: &Hello) -> Result<(), Refused> {
-        let files = self.session_files().map_err(|e| refusal(Refusal::Full, format!("a session cannot be made: {e}")))?;
+        let files =
+            self.session_files().map_err(|e| refusal(Refusal::Full, format!("a session cannot be made: {e}")))?;
         let segment = Arc::clone(&self.start.segment);
-        let taken = self.start.holders.take(|| segment.reopen(false)).map_err(|e| refusal(Refusal::Full, format!("a holder entry cannot be locked: {e}")))?;
+        let taken = self
+            .start
+            .holders
+            .take(|| segment.reopen(false))
+            .map_err(|e| refusal(Refusal::Full, format!("a holder entry cannot be locked: {e}")))?;
         let (holder, holder_fd) = taken.ok_or_else(|| refusal(Refusal::Full, "all 4,096 holder entries are held"))?;
         self.start.segment.table.set_holder(holder, u64::from(hello.pid), hello.role as u64);
         let session = SessionId(id);
         let doorbell = files.doorbell.try_clone().map_err(|e| refusal(Refusal::Full, e.to_string()))?;
         let attach = Attach { session, ring: files.ring_map, doorbell, hello: hello.clone(), holder };
         let token = self.start.plane.ask(|reply| Command::Attach { attach: Box::new(attach), reply })?;
+        let welcome = ServerMessage::Welcome(self.welcome_message(session, token)?);
         if let Some(connection) = self.connections.get_mut(&id) {
             connection.session = Some(session);
-            let fds: [BorrowedFd<'_>; 4] = [files.segment.as_fd(), files.ring.as_fd(), files.doorbell.as_fd(), holder_fd.as_fd()];
-            let welcome = ServerMessage::Welcome(self.welcome_message(session, token)?);
+            let fds: [BorrowedFd<'_>; 4] =
+                [files.segment.as_fd(), files.ring.as_fd(), files.doorbell.as_fd(), holder_fd.as_fd()];
             send(&connection.fd, &welcome, &fds).map_err(|e| refusal(Refusal::Protocol, format!("welcoming: {e}")))?;
         }
         let role = match hello.role {

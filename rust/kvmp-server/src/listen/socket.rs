@@ -35,8 +35,14 @@ fn folder(path: &Path) -> Result<PathBuf, ServerError> {
     }
     let meta = fs::symlink_metadata(&dir).doing(|| format!("asking for {}", dir.display()))?;
     let own = rustix::process::geteuid().as_raw();
-    if dir.starts_with("/tmp/") && dir.file_name().is_some_and(|n| n.to_string_lossy() == format!("kvmp-{own}")) && meta.uid() != own {
-        return Err(refuse(&dir, format!("belongs to uid {}, not to {own}; remove it or take another --socket", meta.uid())));
+    if dir.starts_with("/tmp/")
+        && dir.file_name().is_some_and(|n| n.to_string_lossy() == format!("kvmp-{own}"))
+        && meta.uid() != own
+    {
+        return Err(refuse(
+            &dir,
+            format!("belongs to uid {}, not to {own}; remove it or take another --socket", meta.uid()),
+        ));
     }
     Ok(dir)
 }
@@ -49,11 +55,23 @@ impl BoundSocket {
         let name = path.file_name().ok_or_else(|| refuse(path, "is no file name"))?.to_string_lossy().into_owned();
         let path = dir.join(&name);
         let temporary = dir.join(format!(".{}.{name}", std::process::id()));
-        let address = SocketAddrUnix::new(&temporary)
-            .map_err(|_| refuse(&path, format!("is too long for a unix socket ({} bytes, about 100 fit); take a shorter --socket", path.as_os_str().len())))?;
+        let address = SocketAddrUnix::new(&temporary).map_err(|_| {
+            refuse(
+                &path,
+                format!(
+                    "is too long for a unix socket ({} bytes, about 100 fit); take a shorter --socket",
+                    path.as_os_str().len()
+                ),
+            )
+        })?;
         let what = || format!("binding {}", path.display());
-        let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
-            .doing(what)?;
+        let fd = rustix::net::socket_with(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+            None,
+        )
+        .doing(what)?;
         let _ = fs::remove_file(&temporary);
         rustix::net::bind(&fd, &address).doing(what)?;
         let bound = fs::set_permissions(&temporary, fs::Permissions::from_mode(0o600))

@@ -43,8 +43,14 @@ pub(crate) enum Command {
     Stop,
 }
 
+impl std::fmt::Debug for Command {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Command")
+    }
+}
+
 /// How other threads reach the data-plane thread: a channel, and an eventfd that wakes it.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub(crate) struct PlaneHandle {
     commands: Sender<Command>,
     bell: Arc<OwnedFd>,
@@ -67,6 +73,8 @@ impl PlaneHandle {
     pub fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, Refused> {
         let (reply, answer) = sync_channel(1);
         self.send(command(reply));
-        answer.recv().unwrap_or_else(|_| Err(Refused { refusal: Refusal::ShuttingDown, message: "the server is stopping".into() }))
+        answer.recv().unwrap_or_else(|_| {
+            Err(Refused { refusal: Refusal::ShuttingDown, message: "the server is stopping".into() })
+        })
     }
 }

@@ -82,7 +82,14 @@ impl Engines {
             None => false,
             Some(engine) => {
                 engine.joined.insert(part);
-                engine.writers.push(Writer { holder, role: Role::Worker, part: Some(part), dma, ended: false, free_since: None });
+                engine.writers.push(Writer {
+                    holder,
+                    role: Role::Worker,
+                    part: Some(part),
+                    dma,
+                    ended: false,
+                    free_since: None,
+                });
                 true
             }
         }
@@ -120,8 +127,10 @@ impl Engines {
 
 impl Engine {
     fn settle(&mut self, token: EngineToken, now: Instant, is_free: &impl Fn(u32) -> bool, gone: &mut Vec<Gone>) {
-        let (done, left): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.writers).into_iter().map(|mut w| (w.is_done(now, is_free), w)).partition(|(done, _)| *done);
+        let (done, left): (Vec<_>, Vec<_>) = std::mem::take(&mut self.writers)
+            .into_iter()
+            .map(|mut w| (w.is_done(now, is_free), w))
+            .partition(|(done, _)| *done);
         self.writers = left.into_iter().map(|(_, writer)| writer).collect();
         for (_, writer) in done {
             match writer.part {

@@ -12,4 +12,5 @@ mod session;
 mod stats;
 
 pub(crate) use command::{Attach, Command, PlaneHandle, Refused, SessionId};
+pub(crate) use namespaces::Namespaces;
 pub(crate) use run::{Plane, PlaneStart};

@@ -42,6 +42,11 @@ impl Namespaces {
         self.by_id.len()
     }
 
+    /// Parts of the namespace that has most.
+    pub fn most_parts(&self) -> u16 {
+        self.by_id.values().map(|open| open.spec.parts.len() as u16).max().unwrap_or(0)
+    }
+
     /// Namespaces that an earlier server wrote; a spec that does not give its digest any more is dropped.
     pub fn recover(&mut self) -> Vec<(NamespaceId, Arc<NamespaceSpec>)> {
         let table = &self.segment.table;
@@ -85,14 +90,22 @@ impl Namespaces {
             return Ok(id);
         }
         let reused = self.by_id.keys().copied().filter(|&id| unused(id)).min();
-        reused.ok_or_else(|| refused(Refusal::Full, "all 4,096 namespaces have blocks or sessions; `kvmp clear` empties those without sessions"))
+        reused.ok_or_else(|| {
+            refused(
+                Refusal::Full,
+                "all 4,096 namespaces have blocks or sessions; `kvmp clear` empties those without sessions",
+            )
+        })
     }
 
     /// Writes an entry, in the segment too.
     pub fn insert(&mut self, id: NamespaceId, spec: Arc<NamespaceSpec>) -> Result<(), Refused> {
         let json = spec.canonical_json();
         if json.len() > MAX_SPEC_BYTES {
-            return Err(refused(Refusal::Namespace, format!("the namespace spec has {} bytes of JSON, {MAX_SPEC_BYTES} fit", json.len())));
+            return Err(refused(
+                Refusal::Namespace,
+                format!("the namespace spec has {} bytes of JSON, {MAX_SPEC_BYTES} fit", json.len()),
+            ));
         }
         let (at, len) = self.segment.table.layout().namespace_entry(u32::from(id.0));
         rustix::fs::fallocate(self.segment.file(), FallocateFlags::empty(), at, len)
@@ -115,6 +128,9 @@ impl Namespaces {
     /// The fields in which a new spec differs from the open one of the same model that differs least.
     pub fn nearest(&self, spec: &NamespaceSpec) -> Option<(NamespaceId, Vec<String>)> {
         let same_model = self.by_id.iter().filter(|(_, open)| open.spec.model == spec.model);
-        same_model.map(|(id, open)| (*id, spec.differences(&open.spec))).filter(|(_, d)| !d.is_empty()).min_by_key(|(id, d)| (d.len(), *id))
+        same_model
+            .map(|(id, open)| (*id, spec.differences(&open.spec)))
+            .filter(|(_, d)| !d.is_empty())
+            .min_by_key(|(id, d)| (d.len(), *id))
     }
 }

@@ -15,7 +15,7 @@ use kvmp_core::wire::{Hello, Opened, Refusal, Role};
 use rustix::event::{Timespec, epoll};
 
 use super::command::{Attach, Command, Refused, SessionId};
-use super::engines::{Engines, Gone};
+use super::engines::{DMA_GRACE, Engines, Gone};
 use super::namespaces::Namespaces;
 use super::session::{Session, SessionFault, Turns};
 use super::stats::Counters;
@@ -38,6 +38,8 @@ pub(crate) struct PlaneStart {
     pub holders: HolderLocks,
     /// Holder entries held at start-up: while any is, recovered Writing slots are quarantined.
     pub held_before: Vec<u32>,
+    /// Whether recovery found any.
+    pub quarantined: bool,
     pub commands: Receiver<Command>,
     pub bell: Arc<OwnedFd>,
     pub policy: String,
@@ -55,7 +57,8 @@ pub(crate) struct Plane {
     holders: HolderLocks,
     holder_of: HashMap<SessionId, u32>,
     held_before: Vec<u32>,
-    held_grace: Option<Instant>,
+    /// Recovered Writing slots are held back: since when nobody holds an entry of before.
+    quarantine: Quarantine,
     turns: Turns,
     commands: Receiver<Command>,
     epoll: OwnedFd,
@@ -66,6 +69,17 @@ pub(crate) struct Plane {
     next_watch: Instant,
     next_expire: Instant,
     stopping: bool,
+}
+
+/// Recovered Writing slots: `Held -> Grace -> Over`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Quarantine {
+    /// A client of the last server may still be storing.
+    Held,
+    /// None can; but DMA of one that died just now may still land.
+    Grace(Instant),
+    /// They were given back.
+    Over,
 }
 
 fn refused(refusal: Refusal, message: impl Into<String>) -> Refused {
@@ -90,7 +104,7 @@ impl Plane {
             holders: start.holders,
             holder_of: HashMap::new(),
             held_before: start.held_before,
-            held_grace: None,
+            quarantine: if start.quarantined { Quarantine::Held } else { Quarantine::Over },
             turns: Turns::new(),
             commands: start.commands,
             epoll,
@@ -168,8 +182,10 @@ impl Plane {
         let parking = Parking(segment.table.parked());
         parking.announce();
         if !self.ready() {
-            let timeout = self.timeout().map(|d| Timespec { tv_sec: d.as_secs() as i64, tv_nsec: i64::from(d.subsec_nanos()) });
-            let mut events = [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 16];
+            let timeout =
+                self.timeout().map(|d| Timespec { tv_sec: d.as_secs() as i64, tv_nsec: i64::from(d.subsec_nanos()) });
+            let mut events =
+                [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 16];
             // EINTR is a wake-up like any other.
             let _ = epoll::wait(&self.epoll, &mut events, timeout.as_ref());
         }
@@ -178,7 +194,7 @@ impl Plane {
 
     fn timeout(&self) -> Option<Duration> {
         let now = Instant::now();
-        let watch = (self.engines.watching() || !self.held_before.is_empty()).then_some(self.next_watch);
+        let watch = self.watching().then_some(self.next_watch);
         let expire = (self.store.stats().read_leases > 0).then_some(self.next_expire);
         [watch, expire].into_iter().flatten().min().map(|at| at.saturating_duration_since(now))
     }
@@ -191,8 +207,7 @@ impl Plane {
             let ticks = self.now();
             self.store.expire(ticks);
         }
-        let watching = self.engines.watching() || !self.held_before.is_empty();
-        if !watching {
+        if !self.watching() {
             self.watched_since = None;
         } else if now >= self.next_watch {
             let since = *self.watched_since.get_or_insert(now);
@@ -217,7 +232,7 @@ impl Plane {
     }
 
     fn close_unjoined(&mut self, engine: EngineToken) {
-        for part in self.store.open_parts_of(engine) {
+        for part in (0..self.namespaces.most_parts()).map(PartId) {
             if !self.engines.has_joined(engine, part) {
                 self.store.part_writer_gone(engine, part);
             }
@@ -226,20 +241,21 @@ impl Plane {
 
     /// Slots that were Writing when the last server died come back when none of its clients can still be storing.
     fn settle_before(&mut self, now: Instant) {
-        if self.held_before.is_empty() {
-            return;
-        }
         let holders = &self.holders;
         self.held_before.retain(|&holder| !holders.is_free(holder));
-        if self.held_before.is_empty() {
-            // The grace covers DMA of a process that died just now: wait it out with the entry that is none.
-            let since = *self.held_grace.get_or_insert(now);
-            if now.duration_since(since) < super::engines::DMA_GRACE {
-                self.held_before.push(u32::MAX);
-            } else {
-                self.store.quarantine_release();
+        self.quarantine = match self.quarantine {
+            Quarantine::Held if self.held_before.is_empty() => Quarantine::Grace(now),
+            Quarantine::Grace(since) if now.duration_since(since) >= DMA_GRACE => {
+                let slots = self.store.quarantine_release();
+                tracing::info!("the last clients of the server before are gone: {slots} slots are free again");
+                Quarantine::Over
             }
-        }
+            same => same,
+        };
+    }
+
+    fn watching(&self) -> bool {
+        self.engines.watching() || self.quarantine != Quarantine::Over
     }
 
     fn obey(&mut self) -> bool {
@@ -294,7 +310,11 @@ impl Plane {
                 if self.engines.join(token, PartId(part), holder, hello.dma) {
                     return Ok(token);
                 }
-                let why = if self.engines.contains(token) { "its scheduler has gone" } else { "this server does not know it" };
+                let why = if self.engines.contains(token) {
+                    "its scheduler has gone"
+                } else {
+                    "this server does not know it"
+                };
                 Err(refused(Refusal::Engine, format!("engine {:016x} cannot be joined: {why}", token.0)))
             }
             (Role::Worker, ..) => Err(refused(Refusal::Protocol, "a worker's hello needs engine_token and part")),
@@ -316,7 +336,7 @@ impl Plane {
     /// Ends a session: its reads at once, its writes when its holder entry says so.
     fn end(&mut self, mut session: Session) {
         if let Some(running) = session.running.take() {
-            running.abandon(&mut self.store);
+            running.abandon(&mut self.store, session.engine);
         }
         let _ = epoll::delete(&self.epoll, &session.doorbell);
         self.turns.retain(|&id| id != session.id);
@@ -354,7 +374,8 @@ impl Plane {
             );
         }
         let (store, sessions) = (&self.store, &self.sessions);
-        let unused = |id: NamespaceId| store.slots_of(id) == 0 && !sessions.values().any(|s| s.namespaces.contains(&id.0));
+        let unused =
+            |id: NamespaceId| store.slots_of(id) == 0 && !sessions.values().any(|s| s.namespaces.contains(&id.0));
         let id = self.namespaces.free_id(unused)?;
         if self.namespaces.spec(id).is_some() {
             self.namespaces.remove(id);
@@ -379,16 +400,35 @@ impl Plane {
         Ok(Box::new(Opened { namespace: id.0, digest, spec: (*spec).clone() }))
     }
 
-    fn join(&mut self, session: SessionId, id: NamespaceId, digest: &str, layout: &serde_json::Value) -> Result<Box<Opened>, Refused> {
+    fn join(
+        &mut self,
+        session: SessionId,
+        id: NamespaceId,
+        digest: &str,
+        layout: &serde_json::Value,
+    ) -> Result<Box<Opened>, Refused> {
         let no = |why: String| refused(Refusal::Namespace, why);
-        let part = self.sessions.get(&session).and_then(|s| s.part).ok_or_else(|| no("only a worker joins a namespace".into()))?;
+        let part = self
+            .sessions
+            .get(&session)
+            .and_then(|s| s.part)
+            .ok_or_else(|| no("only a worker joins a namespace".into()))?;
         let spec = self.namespaces.spec(id).ok_or_else(|| no(format!("there is no namespace {}", id.0)))?;
         if self.namespaces.digest(id).as_deref() != Some(digest) {
-            return Err(no(format!("namespace {} has another digest than the worker's scheduler says ({digest})", id.0)));
+            return Err(no(format!(
+                "namespace {} has another digest than the worker's scheduler says ({digest})",
+                id.0
+            )));
         }
-        let own = spec.parts.get(usize::from(part.0)).ok_or_else(|| no(format!("namespace {} has no part {}", id.0, part.0)))?;
+        let own = spec
+            .parts
+            .get(usize::from(part.0))
+            .ok_or_else(|| no(format!("namespace {} has no part {}", id.0, part.0)))?;
         if own.layout != *layout {
-            return Err(no(format!("part {} of namespace {} has layout {}, the worker's is {layout}", part.0, id.0, own.layout)));
+            return Err(no(format!(
+                "part {} of namespace {} has layout {}, the worker's is {layout}",
+                part.0, id.0, own.layout
+            )));
         }
         self.opened(session, id)
     }

@@ -1,6 +1,6 @@
 //! One slice of one session's work: a request begun, gone on with, or finished.
 
-use kvmp_core::ids::{BlockKey, GroupId, LeaseId, NamespaceId, SlotId};
+use kvmp_core::ids::{BlockKey, EngineToken, GroupId, LeaseId, NamespaceId, SlotId};
 use kvmp_core::ring::Ring;
 use kvmp_core::slot::{PartSum, SlotWord};
 use kvmp_core::store::{BlockStore, LookupCursor, LookupReply, ReserveAnswer, ReserveCursor};
@@ -23,10 +23,14 @@ pub(crate) enum Running {
 
 impl Running {
     /// The session ended in the middle: what was pinned or granted so far is given back.
-    pub fn abandon(self, store: &mut BlockStore<SegmentTable>) {
+    pub fn abandon(self, store: &mut BlockStore<SegmentTable>, engine: EngineToken) {
         match self {
             Self::Lookup { cursor, .. } => store.lookup_abandon(cursor),
-            Self::Reserve { cursor, .. } => store.reserve_abandon(cursor),
+            Self::Reserve { cursor, .. } => {
+                if let Some(lease) = store.reserve_finish(cursor).lease {
+                    store.cancel(engine, lease);
+                }
+            }
             Self::Parts { .. } => {}
         }
     }
@@ -113,7 +117,11 @@ impl Plane {
         }
     }
 
-    fn ended(&mut self, submission: &Submission, end: impl FnOnce(&mut BlockStore<SegmentTable>, LeaseId) -> bool) -> Step {
+    fn ended(
+        &mut self,
+        submission: &Submission,
+        end: impl FnOnce(&mut BlockStore<SegmentTable>, LeaseId) -> bool,
+    ) -> Step {
         let known = end(&mut self.store, LeaseId(submission.lease));
         code(submission, if known { Code::Ok } else { Code::UnknownLease })
     }
@@ -121,10 +129,13 @@ impl Plane {
     fn begin_lookup(&mut self, session: &mut Session, submission: &Submission) -> Result<Step, SessionFault> {
         expect_input(submission, 0, BlockKey::BYTES as u32)?;
         let namespace = NamespaceId(submission.namespace);
-        let Some(spec) = self.namespaces.spec(namespace).filter(|_| session.namespaces.contains(&submission.namespace)) else {
+        let Some(spec) = self.namespaces.spec(namespace).filter(|_| session.namespaces.contains(&submission.namespace))
+        else {
             return Ok(code(submission, Code::UnknownNamespace));
         };
-        if (submission.out_bytes as usize) < kvmp_core::wire::out_bytes_lookup(spec.groups.len(), submission.count as usize) {
+        if (submission.out_bytes as usize)
+            < kvmp_core::wire::out_bytes_lookup(spec.groups.len(), submission.count as usize)
+        {
             return Ok(code(submission, Code::OutTooSmall));
         }
         let now = self.now();
@@ -162,13 +173,22 @@ impl Plane {
             Ok(cursor) => self.reserve_slice(session, *submission, cursor, 0),
             Err(kvmp_core::store::StoreError::NoGroup { .. }) => code(submission, Code::UnknownGroup),
             Err(kvmp_core::store::StoreError::Parent { .. }) => {
-                return Err(malformed(submission, "a reserve names a parent exactly when it does not begin at block 0"));
+                return Err(malformed(
+                    submission,
+                    "a reserve names a parent exactly when it does not begin at block 0",
+                ));
             }
             Err(_) => code(submission, Code::UnknownNamespace),
         })
     }
 
-    fn reserve_slice(&mut self, session: &Session, submission: Submission, mut cursor: ReserveCursor, done: u32) -> Step {
+    fn reserve_slice(
+        &mut self,
+        session: &Session,
+        submission: Submission,
+        mut cursor: ReserveCursor,
+        done: u32,
+    ) -> Step {
         let n = SLICE.min(submission.count - done);
         let keys = keys(&session.ring, &submission, parent_bytes(&submission), done, n);
         let mut answers = Vec::with_capacity(keys.len());
@@ -203,8 +223,7 @@ impl Plane {
         let now_taken = if submission.op == Op::Commit as u8 {
             let slots: Vec<(SlotId, SlotWord, PartSum)> =
                 parts.iter().map(|p| (SlotId(p.slot), SlotWord(p.word), p.sum)).collect();
-            let now = self.now();
-            self.store.commit(session.engine, lease, part, &slots, now).committed
+            self.store.commit(session.engine, lease, part, &slots).committed
         } else {
             let slots: Vec<(SlotId, SlotWord)> = parts.iter().map(|p| (SlotId(p.slot), SlotWord(p.word))).collect();
             self.store.abort(session.engine, lease, part, &slots).aborted
@@ -236,7 +255,8 @@ fn allowed(session: &Session, op: Op) -> bool {
 }
 
 fn check_ranges(submission: &Submission) -> Result<(), SessionFault> {
-    let fits = Ring::in_scratch(submission.in_offset, submission.in_bytes) && Ring::in_scratch(submission.out_offset, submission.out_bytes);
+    let fits = Ring::in_scratch(submission.in_offset, submission.in_bytes)
+        && Ring::in_scratch(submission.out_offset, submission.out_bytes);
     if !fits {
         return Err(malformed(submission, "a range lies outside the scratch area"));
     }

@@ -144,7 +144,9 @@ mod tests {
     fn a_full_cgroup_ends_the_growth_before_it_kills() {
         let (file, layout) = segment();
         let dir = tempfile::tempdir().unwrap();
-        for (name, text) in [("proc/self/cgroup", "0::/\n"), ("cg/memory.max", "4194304"), ("cg/memory.current", "4000000")] {
+        for (name, text) in
+            [("proc/self/cgroup", "0::/\n"), ("cg/memory.max", "4194304"), ("cg/memory.current", "4000000")]
+        {
             let path = dir.path().join(name);
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(path, text).unwrap();

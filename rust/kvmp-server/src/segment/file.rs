@@ -169,9 +169,12 @@ impl SegmentFile {
 
     fn take_over(path: PathBuf, file: File, geometry: Geometry, found: Found) -> Result<Self, ServerError> {
         let layout = Layout::new(geometry);
-        let map = Mapping::new(&file, 0, layout.table_bytes(), Access::ReadWrite).doing(|| format!("mapping {}", path.display()))?;
+        let map = Mapping::new(&file, 0, layout.table_bytes(), Access::ReadWrite)
+            .doing(|| format!("mapping {}", path.display()))?;
         let table = TableMap::new(map, layout);
-        let mut header = table.header().ok_or_else(|| ServerError::Socket { path: path.clone(), why: "its header went away".into() })?;
+        let mut header = table
+            .header()
+            .ok_or_else(|| ServerError::Socket { path: path.clone(), why: "its header went away".into() })?;
         header.server_epoch = u64::from_le_bytes(random::<8>()?) >> 1 | 1;
         header.server_pid = u64::from(std::process::id());
         header.server_start = start_time(std::process::id());
@@ -248,8 +251,7 @@ fn make(path: &Path, geometry: Geometry, replace: bool) -> Result<Option<File>, 
 fn fill_new(path: &Path, layout: &Layout) -> Result<File, ServerError> {
     use zerocopy::IntoBytes;
     let what = || format!("making {}", path.display());
-    let file =
-        OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path).doing(what)?;
+    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path).doing(what)?;
     file.set_len(layout.file_bytes()).doing(what)?;
     for (offset, len) in layout.always_backed() {
         rustix::fs::fallocate(&file, FallocateFlags::empty(), offset, len).doing(what)?;

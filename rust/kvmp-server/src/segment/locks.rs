@@ -49,7 +49,7 @@ fn first_locked(file: &File, from: u64, len: u64) -> io::Result<Option<u64>> {
 }
 
 /// Whether nobody else has a byte locked.
-pub fn byte_is_free(file: &File, offset: u64) -> io::Result<bool> {
+fn byte_is_free(file: &File, offset: u64) -> io::Result<bool> {
     Ok(first_locked(file, offset, 1)?.is_none())
 }
 

@@ -6,5 +6,5 @@ mod locks;
 mod table;
 
 pub use file::{Found, SegmentFile, boot_clock_ns, remove};
-pub use locks::{HolderLocks, byte_is_free};
+pub use locks::HolderLocks;
 pub use table::SegmentTable;
