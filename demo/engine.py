@@ -114,7 +114,7 @@ class Engine:
         return bool(self._ask("reset", connector=connector).result(ANSWER_S)["done"])
 
     def counters(self) -> dict[str, int]:
-        """vLLM's own counters, without their prefix: ``external_prefix_cache_hits``, ``num_preemptions``, ..."""
+        """vLLM's own, without their prefix (``num_preemptions``), and the connector's (``kvmp_loaded_blocks``)."""
         return self._ask("counters").result(ANSWER_S)["counters"]
 
     # ---- life and death

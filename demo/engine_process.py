@@ -24,7 +24,10 @@ class EngineProcess:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**config.vllm_args()))
+        from .connector_counters import ConnectorCounters
+
+        args = AsyncEngineArgs(**config.vllm_args())
+        self._engine = AsyncLLM.from_engine_args(args, stat_loggers=[ConnectorCounters])
         self._answers = answers
         self._requests: dict[str, asyncio.Task[None]] = {}
         self._commands = {
@@ -81,7 +84,9 @@ class EngineProcess:
     async def _counters(self) -> dict[str, Any]:
         from vllm.v1.metrics.reader import Counter, get_metrics_snapshot
 
-        totals: dict[str, int] = {}
+        from . import connector_counters
+
+        totals = dict(connector_counters.totals)
         for metric in get_metrics_snapshot():
             if isinstance(metric, Counter):
                 name = metric.name.removeprefix("vllm:")

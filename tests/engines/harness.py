@@ -48,6 +48,11 @@ def await_blocks(server: kvmp.Server, blocks: int) -> None:
     until(settled, f"{blocks} blocks committed")
 
 
+def await_backing(server: kvmp.Server) -> None:
+    """Return once the whole arena can be granted."""
+    until(lambda: not stats(server)["warming"], "the arena backed")
+
+
 def forget(engine: Engine) -> None:
     """Empty the engine's own prefix cache, so that the next hit can only come from kvmp."""
     until(engine.reset, "the engine's own cache emptied, nothing pinned any more")

@@ -44,7 +44,9 @@ def restarted(start_engine: StartEngine) -> Iterator[Restarted]:
         first.generate([random_prompt(length, length) for length in LENGTHS], NEW_TOKENS)
         first.generate([LONG], NEW_TOKENS)
         (talk,) = first.generate([TALKER], TALK_TOKENS)
-        await_blocks(server, sum(length // BLOCK for length in [*LENGTHS, len(LONG), len(TALKER) + TALK_TOKENS - BLOCK]))
+        await_blocks(
+            server, sum(length // BLOCK for length in [*LENGTHS, len(LONG), len(TALKER) + TALK_TOKENS - BLOCK])
+        )
         first.kill()
         yield Restarted(server, start_engine(endpoint=server.endpoint).wait_up(), talk.tokens)
 

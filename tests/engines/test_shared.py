@@ -7,7 +7,16 @@ import pytest
 import kvmp
 from demo.engine import Engine
 from tests.engines.conftest import StartEngine
-from tests.engines.harness import BLOCK, NEW_TOKENS, Reference, await_blocks, forget, loaded_tokens, random_prompt, stats
+from tests.engines.harness import (
+    BLOCK,
+    NEW_TOKENS,
+    Reference,
+    await_blocks,
+    forget,
+    loaded_tokens,
+    random_prompt,
+    stats,
+)
 
 Pair = tuple[kvmp.Server, Engine, Engine]
 
