@@ -13,6 +13,7 @@ import pytest
 import kvmp
 from demo.engine import Engine, Pending
 from tests.engines.conftest import StartEngine
+from tests.engines.gate import Gate
 from tests.engines.harness import (
     BLOCK,
     NEW_TOKENS,
@@ -23,7 +24,6 @@ from tests.engines.harness import (
     stats,
     until,
 )
-from tests.engines.held_copies import Gate
 
 BLOCKS = 10
 TOKENS = BLOCKS * BLOCK + 5
