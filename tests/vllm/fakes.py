@@ -207,9 +207,10 @@ class WriteLease:
     def __init__(self, server, digest, hashes, parent):
         self.server, self.lease_id, self.handed = server, next(self.ids), False
         answers, self.slots, self.words = [], np.zeros(len(hashes), np.uint32), np.zeros(len(hashes), np.uint64)
-        known = lambda key: (
-            (digest, key) in server.blocks or any(w[:2] == (digest, key) for w in server.writing.values())
-        )
+
+        def known(key):
+            return (digest, key) in server.blocks or any(w[:2] == (digest, key) for w in server.writing.values())
+
         before = parent
         for i, row in enumerate(hashes):
             key = row.tobytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -84,7 +85,8 @@ class Membership:
         except Exception as error:
             raise self._remember(session, NotJoined(str(error))) from error
         if client.server_epoch != session.server_epoch:
-            client.close()
+            with contextlib.suppress(Exception):
+                client.close()
             raise self._remember(session, NotJoined(f"the server of {session.endpoint} was restarted meanwhile"))
         self.close()
         self._session, self._client = session, client
@@ -117,7 +119,8 @@ class Membership:
         """Leaves the server; every copy must have ended."""
         client, self._client, self._session, self._namespaces = self._client, None, None, {}
         if client is not None:
-            client.close()
+            with contextlib.suppress(Exception):  # It is left behind in any case.
+                client.close()
 
 
 def _client_connect(endpoint: str, **kwargs: Any) -> Any:

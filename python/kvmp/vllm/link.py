@@ -227,7 +227,13 @@ class Link:
         with self._lock:
             self._open = {}
         if session is not None:
+            self._leave(session)
+
+    def _leave(self, session: Session) -> None:
+        try:
             session.client.close()
+        except Exception as error:  # A session that cannot even be closed must not end this thread.
+            self._logger.debug("kvmp: closing a session failed: %s", error)
 
     def _warn(self, error: Exception) -> None:
         if self._warned:

@@ -22,7 +22,7 @@ from kvmp.vllm.pins import Pins
 from kvmp.vllm.request_state import RequestState, hash_array
 from kvmp.vllm.stats import KvmpStats
 
-_BREAKS_THE_CHAIN = (Answer.NO_PARENT, Answer.NO_SPACE, Answer.NOT_ADMITTED, Answer.WARMING)
+_BREAKS_THE_CHAIN = [int(code) for code in (Answer.NO_PARENT, Answer.NO_SPACE, Answer.NOT_ADMITTED, Answer.WARMING)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,34 +169,34 @@ class Stores:
             reserving.state.store_closed = True
 
     def _accept(self, reserving: _Reserving, lease: Any) -> None:
+        kept: list[int] = []
         try:
             answers = np.asarray(lease.answers)
             granted = np.flatnonzero(answers == Answer.GRANTED)
-            broken = int(np.isin(answers, [int(code) for code in _BREAKS_THE_CHAIN]).sum())
-            slots, words = np.array(lease.slots[granted]), np.array(lease.words[granted])
-        except Exception:
-            self.pins.unpin(reserving.block_ids)
-            raise
-        if broken:
-            self._close(reserving)
-            self._stats.add("refused_store_blocks", broken)
-        kept = [reserving.block_ids[i] for i in granted]
-        rest = set(range(len(reserving.block_ids))).difference(granted.tolist())
-        self.pins.unpin(reserving.block_ids[i] for i in sorted(rest))
-        if kept:
-            self._granted.append(self._hand_over(reserving, lease, kept, slots, words))
-        else:
-            lease.cancel()
+            self._count_refused(reserving, answers)
+            if granted.size:
+                self._hand_over(reserving, lease, granted)
+                kept = [reserving.block_ids[i] for i in granted]
+            else:
+                lease.cancel()
+        finally:
+            self.pins.unpin(_without(reserving.block_ids, kept))
 
-    def _hand_over(
-        self, reserving: _Reserving, lease: Any, block_ids: list[int], slots: np.ndarray, words: np.ndarray
-    ) -> StoreJob:
-        job_id, self._next_job = self._next_job, self._next_job + 1
-        self._copying[job_id] = _Copying(block_ids)
+    def _count_refused(self, reserving: _Reserving, answers: np.ndarray) -> None:
+        refused = int(np.isin(answers, _BREAKS_THE_CHAIN).sum())
+        if refused:
+            self._close(reserving)
+            self._stats.add("refused_store_blocks", refused)
+
+    def _hand_over(self, reserving: _Reserving, lease: Any, granted: np.ndarray) -> None:
+        block_ids = np.array(reserving.block_ids, np.int64)[granted]
+        slots, words = np.array(lease.slots[granted]), np.array(lease.words[granted])
+        session, namespace = reserving.namespace.session.ref, reserving.namespace.ref
+        job = StoreJob(self._next_job, lease.lease_id, block_ids, slots, words, session, namespace)
         lease.handed_over()
-        namespace = reserving.namespace
-        ids = np.array(block_ids, np.int64)
-        return StoreJob(job_id, lease.lease_id, ids, slots, words, namespace.session.ref, namespace.ref)
+        self._next_job += 1
+        self._copying[job.job_id] = _Copying(block_ids.tolist())
+        self._granted.append(job)
 
     def reported(self, report: WorkerReport) -> None:
         """Takes in what workers report; a store has ended when every part has."""
@@ -222,3 +222,8 @@ class Stores:
         self._void_below = self._next_job
         while self._reserving:
             self._give_up(self._reserving.popleft())
+
+
+def _without(block_ids: list[int], kept: list[int]) -> list[int]:
+    gone = set(kept)
+    return [block_id for block_id in block_ids if block_id not in gone]

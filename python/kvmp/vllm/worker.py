@@ -123,7 +123,7 @@ class WorkerSide:
         return self._copier
 
     def transfers(self) -> tuple[set[str], set[str]]:
-        """(requests whose load has ended, those of them that failed) since the last call; keeps what stores have ended."""
+        """(requests whose load has ended, those of them that failed) since the last call; keeps the stores' ends."""
         ended = self._copier.take_ended() if self._copier is not None else Ended()
         doomed, self._doomed = self._doomed, []
         for job in doomed:
