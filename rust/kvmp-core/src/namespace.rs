@@ -103,7 +103,8 @@ impl NamespaceSpec {
         Ok(spec)
     }
 
-    fn check(&self) -> Result<(), SpecError> {
+    /// Checks what the types leave open: counts, sizes, and that the groups' hashes agree.
+    pub fn check(&self) -> Result<(), SpecError> {
         if self.groups.is_empty() || self.groups.len() > 64 {
             return Err(field("groups", format!("{} groups, 1 to 64 are allowed", self.groups.len())));
         }
@@ -115,7 +116,10 @@ impl NamespaceSpec {
                 return Err(field(format!("groups[{i}]"), "block_tokens and hash_stride must be at least 1"));
             }
             if (group.rule == GroupRule::Window) != (group.window_tokens > 0) {
-                return Err(field(format!("groups[{i}].window_tokens"), "goes with rule \"window\", and must be at least 1"));
+                return Err(field(
+                    format!("groups[{i}].window_tokens"),
+                    "goes with rule \"window\", and must be at least 1",
+                ));
             }
         }
         let hash_tokens = self.hash_tokens();
@@ -123,13 +127,19 @@ impl NamespaceSpec {
             if Some(group.block_tokens) != hash_tokens.checked_mul(group.hash_stride) {
                 return Err(field(
                     format!("groups[{i}].block_tokens"),
-                    format!("{} is not hash_stride {} times the {hash_tokens} tokens of a hash", group.block_tokens, group.hash_stride),
+                    format!(
+                        "{} is not hash_stride {} times the {hash_tokens} tokens of a hash",
+                        group.block_tokens, group.hash_stride
+                    ),
                 ));
             }
         }
         for (i, part) in self.parts.iter().enumerate() {
             if part.bytes.len() != self.groups.len() {
-                return Err(field(format!("parts[{i}].bytes"), format!("{} sizes for {} groups", part.bytes.len(), self.groups.len())));
+                return Err(field(
+                    format!("parts[{i}].bytes"),
+                    format!("{} sizes for {} groups", part.bytes.len(), self.groups.len()),
+                ));
             }
             if part.bytes.iter().any(|&b| b == 0 || b > u64::from(u32::MAX)) {
                 return Err(field(format!("parts[{i}].bytes"), "each size must be from 1 byte to 4 GiB"));

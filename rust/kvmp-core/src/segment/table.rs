@@ -1,0 +1,200 @@
+//! Header, chunk words, records and namespace table of a mapped segment.
+
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::header::SegmentHeader;
+use super::layout::{Layout, NAMESPACE_FRONT, NAMESPACES, NAMESPACES_USED, PARKED_OFFSET, holder_offset};
+use super::mapping::Mapping;
+use super::record::RecordCells;
+use crate::ids::{ChunkId, NamespaceId, SlotId};
+use crate::slot::PartSum;
+use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
+
+/// What a chunk's word says: which pages a slot of it has, and whether its memory is there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ChunkWord {
+    /// No memory yet.
+    Cold,
+    /// Backed, of no slot size.
+    Free,
+    /// Holds slots of so many 4 KiB pages.
+    Assigned(u32),
+    /// Holds slots of so many pages and is being emptied.
+    Draining(u32),
+}
+
+impl ChunkWord {
+    fn to_u64(self) -> u64 {
+        match self {
+            Self::Cold => 0,
+            Self::Free => 1,
+            Self::Assigned(pages) => 2 | u64::from(pages) << 32,
+            Self::Draining(pages) => 3 | u64::from(pages) << 32,
+        }
+    }
+
+    fn from_u64(raw: u64) -> Option<Self> {
+        let pages = (raw >> 32) as u32;
+        match raw as u32 {
+            0 => Some(Self::Cold),
+            1 => Some(Self::Free),
+            2 => Some(Self::Assigned(pages)),
+            3 => Some(Self::Draining(pages)),
+            _ => None,
+        }
+    }
+}
+
+/// An entry of the namespace table.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NamespaceEntry {
+    /// Digest of the spec.
+    pub digest: [u8; 32],
+    /// The spec as canonical JSON.
+    pub spec: String,
+}
+
+#[derive(FromBytes, IntoBytes, zerocopy::Immutable)]
+#[repr(C)]
+struct NamespaceFront {
+    digest: [u8; 32],
+    spec_bytes: u64,
+    reserved: [u64; 3],
+}
+
+/// The front of a segment (`Layout::table_bytes`), mapped: read-write in the server, read-only in clients.
+#[derive(Clone, Debug)]
+pub struct TableMap {
+    map: Mapping,
+    layout: Layout,
+}
+
+impl TableMap {
+    /// Wraps a mapping of at least `layout.table_bytes()`; panics when it is shorter.
+    #[must_use]
+    pub fn new(map: Mapping, layout: Layout) -> Self {
+        assert!(map.len() as u64 >= layout.table_bytes(), "the table's mapping is too short");
+        Self { map, layout }
+    }
+
+    /// Offsets of the file.
+    #[must_use]
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The header as it is now.
+    #[must_use]
+    pub fn header(&self) -> Option<SegmentHeader> {
+        let mut bytes = [0; SegmentHeader::BYTES];
+        self.map.read(0, &mut bytes);
+        SegmentHeader::parse(&bytes).ok()
+    }
+
+    /// Writes the header (server only).
+    pub fn set_header(&self, header: &SegmentHeader) {
+        self.map.write(0, header.as_bytes());
+        fence(Ordering::Release);
+    }
+
+    /// Set while the data-plane thread sleeps or is about to.
+    #[must_use]
+    pub fn parked(&self) -> &AtomicU32 {
+        self.map.u32_at(PARKED_OFFSET)
+    }
+
+    /// The record of a slot, if there is such a slot.
+    #[must_use]
+    pub fn record(&self, slot: SlotId) -> Option<RecordCells<'_>> {
+        Some(RecordCells(self.map.u64s_at(self.layout.record(slot)?)))
+    }
+
+    /// A chunk's word; `None` when it holds nothing known.
+    #[must_use]
+    pub fn chunk(&self, chunk: ChunkId) -> Option<ChunkWord> {
+        ChunkWord::from_u64(self.map.u64_at(self.layout.chunk_word(chunk)).load(Ordering::Acquire))
+    }
+
+    /// Sets a chunk's word (server only).
+    pub fn set_chunk(&self, chunk: ChunkId, word: ChunkWord) {
+        self.map.u64_at(self.layout.chunk_word(chunk)).store(word.to_u64(), Ordering::Release);
+        fence(Ordering::Release);
+    }
+
+    /// Writes the sums of a slot's parts (server only); sums beyond the slot's room are dropped.
+    pub fn set_part_sums(&self, slot: SlotId, pages: u32, sums: &[PartSum]) {
+        if let Some(offset) = self.layout.part_sums(slot, pages) {
+            let n = sums.len().min(pages as usize);
+            self.map.write(offset, sums[..n].as_bytes());
+        }
+    }
+
+    /// Writes who holds a holder entry (server only).
+    pub fn set_holder(&self, index: u32, pid: u64, role: u64) {
+        let [p, r] = self.map.u64s_at(holder_offset(index));
+        p.store(pid, Ordering::Relaxed);
+        r.store(role, Ordering::Relaxed);
+    }
+
+    /// Who held a holder entry last: pid and role.
+    #[must_use]
+    pub fn holder(&self, index: u32) -> (u64, u64) {
+        let [p, r] = self.map.u64s_at(holder_offset(index));
+        (p.load(Ordering::Relaxed), r.load(Ordering::Relaxed))
+    }
+
+    /// The bit that says whether an entry is used. It lies in the header page: looking at an unused entry itself would
+    /// take memory from the file system, which may have none left.
+    fn namespace_bit(&self, id: NamespaceId) -> (&AtomicU64, u64) {
+        let word = self.map.u64_at(NAMESPACES_USED + u64::from(id.0) / 64 * 8);
+        (word, 1 << (id.0 % 64))
+    }
+
+    /// Ids of the used entries.
+    #[must_use]
+    pub fn namespaces(&self) -> Vec<NamespaceId> {
+        (0..NAMESPACES as u16).map(NamespaceId).filter(|&id| self.is_used(id)).collect()
+    }
+
+    fn is_used(&self, id: NamespaceId) -> bool {
+        let (word, bit) = self.namespace_bit(id);
+        u32::from(id.0) < NAMESPACES && word.load(Ordering::Acquire) & bit != 0
+    }
+
+    /// Reads an entry of the namespace table; `None` where it is unused or makes no sense.
+    #[must_use]
+    pub fn namespace(&self, id: NamespaceId) -> Option<NamespaceEntry> {
+        if !self.is_used(id) {
+            return None;
+        }
+        let (at, room) = self.layout.namespace_entry(u32::from(id.0));
+        let mut front = [0; size_of::<NamespaceFront>()];
+        self.map.read(at, &mut front);
+        let front = NamespaceFront::read_from_bytes(&front).ok()?;
+        if front.spec_bytes > room - NAMESPACE_FRONT {
+            return None;
+        }
+        let mut spec = vec![0; front.spec_bytes as usize];
+        self.map.read(at + NAMESPACE_FRONT, &mut spec);
+        Some(NamespaceEntry { digest: front.digest, spec: String::from_utf8(spec).ok()? })
+    }
+
+    /// Writes an entry of the namespace table (server only); its memory must be backed, its spec fit.
+    pub fn set_namespace(&self, id: NamespaceId, entry: &NamespaceEntry) {
+        let (at, _) = self.layout.namespace_entry(u32::from(id.0));
+        self.clear_namespace(id);
+        let front = NamespaceFront { digest: entry.digest, spec_bytes: entry.spec.len() as u64, reserved: [0; 3] };
+        self.map.write(at, front.as_bytes());
+        self.map.write(at + NAMESPACE_FRONT, entry.spec.as_bytes());
+        fence(Ordering::Release);
+        let (word, bit) = self.namespace_bit(id);
+        word.fetch_or(bit, Ordering::Release);
+    }
+
+    /// Marks an entry unused (server only).
+    pub fn clear_namespace(&self, id: NamespaceId) {
+        let (word, bit) = self.namespace_bit(id);
+        word.fetch_and(!bit, Ordering::Release);
+        fence(Ordering::Release);
+    }
+}
