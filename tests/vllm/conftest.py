@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,10 @@ if _vllm_is_installed():
     import fakes
 
     fakes.install_missing_modules()
+    with warnings.catch_warnings():
+        # What torch and vLLM warn of while they are imported is theirs.
+        warnings.simplefilter("ignore")
+        import kvmp.vllm.connector  # noqa: F401
 else:
     collect_ignore_glob.append("test_*.py")
 

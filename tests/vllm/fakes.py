@@ -23,11 +23,11 @@ class KvmpError(RuntimeError):
     pass
 
 
-class ServerLost(KvmpError):
+class ServerLost(KvmpError):  # noqa: N818 (a name of kvmp.errors)
     pass
 
 
-class BoundExceeded(KvmpError):
+class BoundExceeded(KvmpError):  # noqa: N818 (a name of kvmp.errors)
     pass
 
 

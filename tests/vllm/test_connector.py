@@ -4,6 +4,7 @@ import fakes
 import pytest
 import torch
 from engine import Engine, until
+
 from kvmp.vllm.worker import WorkerSide
 
 PROMPT = list(range(18))  # four full blocks and a half

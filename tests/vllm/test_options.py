@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from kvmp.vllm.options import Options, parse_options
 
 
@@ -37,7 +38,7 @@ def test_the_environment_names_the_server_and_the_configuration_wins():
     ],
 )
 def test_what_is_wrong_is_named(given, texts):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=".") as caught:
         parse_options(given, {})
     for text in texts:
         assert text in str(caught.value)

@@ -4,6 +4,7 @@ import os
 
 import fakes
 import pytest
+
 from kvmp.vllm import compat, spec
 from kvmp.vllm.metadata import PartMeta
 from kvmp.vllm.weights import adapter_digest, local_weights_digest
@@ -84,14 +85,14 @@ def test_hash_seed(model, monkeypatch):
 
 def test_parts_must_be_complete_and_in_place(model):
     config = fakes.engine_config(str(model), tp=2)
-    with pytest.raises(spec.SpecRefused, match="2 workers"):
+    with pytest.raises(spec.SpecRefusedError, match="2 workers"):
         spec.ordered_parts(parts(1), config)
-    with pytest.raises(spec.SpecRefused, match="2 workers"):
+    with pytest.raises(spec.SpecRefusedError, match="2 workers"):
         spec.ordered_parts({}, config)
     swapped = {(0, 0): PartMeta(1, 64), (0, 1): PartMeta(0, 64)}
-    with pytest.raises(spec.SpecRefused, match="says it is part 1"):
+    with pytest.raises(spec.SpecRefusedError, match="says it is part 1"):
         spec.ordered_parts(swapped, config)
-    with pytest.raises(spec.SpecRefused, match="no CUDA yet"):
+    with pytest.raises(spec.SpecRefusedError, match="no CUDA yet"):
         spec.ordered_parts({(0, 0): PartMeta(0, off="no CUDA yet"), (0, 1): PartMeta(1, 64)}, config)
 
 
@@ -105,7 +106,7 @@ def test_pipeline_stages_are_ordered_before_tensor_ranks(model):
 def test_run_time_scales_are_refused(model):
     config = fakes.engine_config(str(model))
     config.cache_config.calculate_kv_scales = True
-    with pytest.raises(spec.SpecRefused, match="calculate_kv_scales"):
+    with pytest.raises(spec.SpecRefusedError, match="calculate_kv_scales"):
         digest(config)
 
 

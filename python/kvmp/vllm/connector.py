@@ -1,12 +1,9 @@
-"""`KvmpConnector`: vLLM's way into kvmp. Each method hands over to the scheduler or the worker side, through the guard."""
+"""`KvmpConnector`: vLLM's way into kvmp. Each method hands over to one of the two sides, through the guard."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
-
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
-from vllm.logger import init_logger
 
 from kvmp.vllm import compat
 from kvmp.vllm.guard import Guard
@@ -15,6 +12,8 @@ from kvmp.vllm.options import parse_options
 from kvmp.vllm.scheduler import SchedulerSide
 from kvmp.vllm.stats import KvmpStats
 from kvmp.vllm.worker import WorkerSide
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.logger import init_logger
 
 logger: logging.Logger = init_logger("vllm.kvmp")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kvmp.vllm.joined import Membership, NotJoined, Refused
+from kvmp.vllm.joined import Membership, NotJoinedError, RefusedError
 from kvmp.vllm.metadata import LoadJob, StoreJob
 from kvmp.vllm.stats import KvmpStats
 
@@ -165,7 +165,7 @@ class Copier:
         committed, refusal = 0, ""
         try:
             committed = self._store(job, fits)
-        except Refused as refused:
+        except RefusedError as refused:
             refusal = str(refused)
         except Exception as error:
             self._note("a store failed", error)
@@ -177,7 +177,7 @@ class Copier:
         """Blocks committed. Whatever is not committed is aborted, now or as soon as the server can be told."""
         try:
             client, namespace = self._membership.for_store(job.session, job.namespace)
-        except NotJoined:
+        except NotJoinedError:
             self._owed.append(job)
             raise
         self._pay_owed(client, job)

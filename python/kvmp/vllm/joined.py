@@ -14,11 +14,11 @@ _JOIN_MS = 1000
 _AGAIN_S = 1.0
 
 
-class NotJoined(Exception):
+class NotJoinedError(Exception):
     """The server cannot be reached, or is another one by now."""
 
 
-class Refused(NotJoined):
+class RefusedError(NotJoinedError):
     """The server refuses this worker for as long as its scheduler's session lasts."""
 
 
@@ -42,31 +42,31 @@ class Membership:
         self._session: SessionRef | None = None
         self._client: Any = None
         self._namespaces: dict[NamespaceRef, Any] = {}
-        self._failed: tuple[SessionRef, float, NotJoined] | None = None
+        self._failed: tuple[SessionRef, float, NotJoinedError] | None = None
 
     def for_store(self, session: SessionRef, namespace: NamespaceRef) -> tuple[Any, Any]:
         """(client, namespace) to store under a lease of exactly this session.
 
         Raises:
-            NotJoined: there is none, or the server is another one.
+            NotJoinedError: there is none, or the server is another one.
         """
         client = self._join_session(session)
         if client.lost:
-            raise NotJoined(f"the server of {session.endpoint} is gone")
+            raise NotJoinedError(f"the server of {session.endpoint} is gone")
         return client, self._join_namespace(client, namespace)
 
     def for_load(self, session: SessionRef, namespace: NamespaceRef) -> tuple[Any, Any]:
         """(client, namespace) to load from slots of this session's segment; the word check guards the rest.
 
         Raises:
-            NotJoined: there is none.
+            NotJoinedError: there is none.
         """
         joined = self._session
         if joined is not None and joined.segment_id == session.segment_id and namespace in self._namespaces:
             return self._client, self._namespaces[namespace]
         client = self._join_session(session)
         if client.segment_id != session.segment_id:
-            raise NotJoined(f"{session.endpoint} serves another segment than the lease is of")
+            raise NotJoinedError(f"{session.endpoint} serves another segment than the lease is of")
         return client, self._join_namespace(client, namespace)
 
     def _join_session(self, session: SessionRef) -> Any:
@@ -83,11 +83,11 @@ class Membership:
                 timeout_ms=_JOIN_MS,
             )
         except Exception as error:
-            raise self._remember(session, NotJoined(str(error))) from error
+            raise self._remember(session, NotJoinedError(str(error))) from error
         if client.server_epoch != session.server_epoch:
             with contextlib.suppress(Exception):
                 client.close()
-            raise self._remember(session, NotJoined(f"the server of {session.endpoint} was restarted meanwhile"))
+            raise self._remember(session, NotJoinedError(f"the server of {session.endpoint} was restarted meanwhile"))
         self.close()
         self._session, self._client = session, client
         return client
@@ -101,9 +101,9 @@ class Membership:
             try:
                 handle = client.join(namespace.id, namespace.digest, self._layout_json, timeout_ms=_JOIN_MS)
             except NamespaceError as error:
-                raise self._remember(self._session, Refused(str(error))) from error
+                raise self._remember(self._session, RefusedError(str(error))) from error
             except Exception as error:
-                raise self._remember(self._session, NotJoined(str(error))) from error
+                raise self._remember(self._session, NotJoinedError(str(error))) from error
             self._namespaces[namespace] = handle
         return handle
 
@@ -111,7 +111,7 @@ class Membership:
         if self._failed is not None and self._failed[0] == session and self._clock() < self._failed[1]:
             raise self._failed[2]
 
-    def _remember(self, session: SessionRef, error: NotJoined) -> NotJoined:
+    def _remember(self, session: SessionRef, error: NotJoinedError) -> NotJoinedError:
         self._failed = (session, self._clock() + _AGAIN_S, error)
         return error
 

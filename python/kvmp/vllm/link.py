@@ -19,7 +19,7 @@ from typing import Any
 from kvmp.namespace import NamespaceSpec
 from kvmp.vllm.metadata import NamespaceRef, SessionRef
 from kvmp.vllm.options import Options
-from kvmp.vllm.spec import SpecRefused
+from kvmp.vllm.spec import SpecRefusedError
 from kvmp.vllm.weights import adapter_digest
 
 # A hang-up is seen at the latest this much later; a missed bound wakes the thread at once. Seconds.
@@ -186,7 +186,7 @@ class Link:
                 self._revive()
             self._open_wanted()
             return self._up
-        except SpecRefused as refused:
+        except SpecRefusedError as refused:
             self._stopping = True
             self._switch_off(str(refused))
         except Exception as error:  # No server, a refusal, a broken session: try again, engine unharmed.

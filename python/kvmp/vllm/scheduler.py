@@ -13,7 +13,7 @@ from kvmp.vllm.lookups import Lookups
 from kvmp.vllm.metadata import PartMeta, StepMeta, WorkerReport
 from kvmp.vllm.options import Options
 from kvmp.vllm.request_state import RequestState
-from kvmp.vllm.spec import SpecRefused, build_spec, ordered_parts
+from kvmp.vllm.spec import SpecRefusedError, build_spec, ordered_parts
 from kvmp.vllm.stats import KvmpStats
 from kvmp.vllm.stores import Stores
 
@@ -64,7 +64,7 @@ class SchedulerSide:
             return
         try:
             ordered = ordered_parts(parts, self._vllm_config)
-        except SpecRefused as refused:
+        except SpecRefusedError as refused:
             self.switch_off(str(refused))
             return
         self._link = Link(

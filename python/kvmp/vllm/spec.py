@@ -21,7 +21,7 @@ _HASH_BYTES = {"sha256": 32, "sha256_cbor": 32, "xxhash": 16, "xxhash_cbor": 16}
 _NOT_THE_MODEL = ("_name_or_path", "_commit_hash", "transformers_version")
 
 
-class SpecRefused(Exception):
+class SpecRefusedError(Exception):
     """This engine's KV cannot be shared; the text says why."""
 
 
@@ -67,7 +67,9 @@ def _load_facts(vllm_config: Any) -> dict[str, Any]:
 
 def _cache_facts(cache_config: Any, block_tokens: int) -> dict[str, Any]:
     if getattr(cache_config, "calculate_kv_scales", False):
-        raise SpecRefused("KV scales are computed at run time (calculate_kv_scales), which no other engine can repeat")
+        raise SpecRefusedError(
+            "KV scales are computed at run time (calculate_kv_scales), which no other engine can repeat"
+        )
     return {"dtype": str(cache_config.cache_dtype), "block_size": cache_config.block_size, "block_tokens": block_tokens}
 
 
@@ -103,7 +105,7 @@ def engine_facts(vllm_config: Any, block_tokens: int) -> dict[str, Any]:
     """Every fact of the configuration that shapes KV bytes, as JSON values.
 
     Raises:
-        SpecRefused: the engine's KV cannot be shared.
+        SpecRefusedError: the engine's KV cannot be shared.
         OSError: the model's files cannot be read.
     """
     return {
@@ -124,19 +126,19 @@ def ordered_parts(parts: Mapping[tuple[int, int], PartMeta], vllm_config: Any) -
         parts: what the workers gave, by (pipeline rank, tensor-parallel rank).
 
     Raises:
-        SpecRefused: a part is missing, stands at the wrong place, or its worker cannot take part.
+        SpecRefusedError: a part is missing, stands at the wrong place, or its worker cannot take part.
     """
     parallel = vllm_config.parallel_config
     width = parallel.tensor_parallel_size
     expected = width * parallel.pipeline_parallel_size
     by_index = {pp * width + tp: meta for (pp, tp), meta in parts.items()}
     if sorted(by_index) != list(range(expected)):
-        raise SpecRefused(f"{expected} workers, but layouts of the parts {sorted(by_index)} only")
+        raise SpecRefusedError(f"{expected} workers, but layouts of the parts {sorted(by_index)} only")
     for index, meta in by_index.items():
         if meta.off:
-            raise SpecRefused(meta.off)
+            raise SpecRefusedError(meta.off)
         if meta.part != index:
-            raise SpecRefused(f"the worker at part {index} says it is part {meta.part}")
+            raise SpecRefusedError(f"the worker at part {index} says it is part {meta.part}")
     return tuple(by_index[index] for index in range(expected))
 
 
@@ -148,7 +150,7 @@ def build_spec(vllm_config: Any, block_tokens: int, parts: tuple[PartMeta, ...])
         parts: the workers' parts, by index.
 
     Raises:
-        SpecRefused: the engine's KV cannot be shared.
+        SpecRefusedError: the engine's KV cannot be shared.
         OSError: the model's files cannot be read.
     """
     facts = engine_facts(vllm_config, block_tokens)
