@@ -75,6 +75,7 @@ class FakeServer:
         self.next_slot = 0
         self.silent = False  # answers nothing
         self.gone = False  # refuses and hangs up
+        self.late = set()  # verbs that miss their bound
         self.released = 0
         self.leases = 0
         self.aborted = 0
@@ -98,17 +99,25 @@ class FakeClient:
         self.server, self.engine_token, self.part = server, token, part
         self.server_epoch, self.segment_id = server.epoch, server.segment
         self.endpoint, self.closed, self.waited_us = "unix:/fake", False, 0
+        self.missed = False
         self.joins: list[str] = []
 
     @property
     def lost(self):
-        return self.server.gone or self.server.epoch != self.server_epoch
+        return self.missed or self.server.gone or self.server.epoch != self.server_epoch
+
+    def _answer(self, verb):
+        if verb in self.server.late:
+            self.missed = True
+            raise BoundExceeded(f"no answer to a {verb}")
+        self._alive()
 
     def _alive(self):
         if self.lost:
             raise ServerLost("hang-up")
 
     def ping(self, timeout_ms=100):
+        self.missed = self.missed and "ping" in self.server.late
         self._alive()
         if self.server.silent:
             from kvmp.errors import BoundExceeded as Bound
@@ -145,7 +154,7 @@ class FakeClient:
         return Pending(self.server, lambda: WriteLease(self.server, ns.digest, hashes, parent))
 
     def commit(self, lease_id, slots, words, timeout_ms=100):
-        self._alive()
+        self._answer("commit")
         for slot in slots.tolist():
             digest, key, parts = self.server.writing[slot]
             parts.add(self.part)

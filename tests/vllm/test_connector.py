@@ -246,6 +246,20 @@ def test_store_of_another_server_epoch_is_not_begun(make, server):
     assert engine.pool.pinned == 0
 
 
+def test_a_worker_that_missed_a_bound_goes_on_after_a_ping(make, server):
+    engine = make()
+    server.late = {"commit"}
+    stored(engine)
+    assert not server.blocks
+    assert engine.count("failed_store_blocks") == 4
+    server.late = set()
+    other = fakes.request("other", PROMPT[1:])
+    engine.ask(other)
+    engine.prefill(other, [6, 7, 8, 9, 10])
+    engine.drain()
+    assert len(server.blocks) == 4
+
+
 def test_server_restart_is_followed(make, server):
     engine = make()
     stored(engine)

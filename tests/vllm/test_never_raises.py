@@ -26,7 +26,18 @@ class Bad:
     __lt__ = __gt__ = __add__ = __radd__ = __sub__ = __getitem__ = _raise
 
 
-ERRORS = (fakes.ServerLost("gone"), fakes.BoundExceeded("late"), MemoryError(), AttributeError("x"), KeyError(1))
+class Panic(BaseException):
+    """As PyO3 raises a panic in Rust: no `Exception`."""
+
+
+ERRORS = (
+    Panic("rust"),
+    fakes.ServerLost("gone"),
+    fakes.BoundExceeded("late"),
+    MemoryError(),
+    AttributeError("x"),
+    KeyError(1),
+)
 
 
 class FailingClient(fakes.FakeClient):

@@ -138,7 +138,7 @@ class Copier:
     def _run_load(self, job: LoadJob) -> None:
         try:
             good = self._load(job)
-        except Exception as error:
+        except BaseException as error:  # A job that is never reported would hang its request.
             good = False
             self._note("a load failed", error)
         with self._condition:
@@ -167,7 +167,7 @@ class Copier:
             committed = self._store(job, fits)
         except RefusedError as refused:
             refusal = str(refused)
-        except Exception as error:
+        except BaseException as error:  # A job that is never reported would keep its blocks pinned.
             self._note("a store failed", error)
         with self._condition:
             self._ended.stored[job.job_id] = committed
@@ -190,7 +190,7 @@ class Copier:
         try:
             for at in self._pieces(len(job.block_ids)):
                 self._paged.store(client, namespace, job.block_ids[at], job.slots[at])
-        except Exception as error:
+        except BaseException as error:
             self._note("a copy failed", error)
             return False
         return True
@@ -213,7 +213,7 @@ class Copier:
             yield slice(at, at + 1)
             time.sleep(self._slow_s)
 
-    def _note(self, what: str, error: Exception) -> None:
+    def _note(self, what: str, error: BaseException) -> None:
         self._stats.add("errors")
         cause = f"{what}: {type(error).__name__}"
         if cause not in self._seen:

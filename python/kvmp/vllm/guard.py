@@ -14,6 +14,8 @@ from kvmp.vllm.stats import KvmpStats
 
 T = TypeVar("T")
 
+ENDS_THE_PROCESS = (KeyboardInterrupt, SystemExit)
+
 
 class Guard:
     """Runs entry points, and keeps what they cost and how they failed."""
@@ -28,7 +30,9 @@ class Guard:
         begun = time.perf_counter_ns()
         try:
             return call()
-        except Exception as error:  # The engine must outlive any fault of its cache.
+        except ENDS_THE_PROCESS:
+            raise
+        except BaseException as error:  # The engine must outlive any fault of its cache, a panic in Rust included.
             self._report(entry, error)
         finally:
             self._account(begun)
@@ -36,7 +40,9 @@ class Guard:
             return fallback
         try:
             return rescue()
-        except Exception as error:
+        except ENDS_THE_PROCESS:
+            raise
+        except BaseException as error:
             self._report(f"{entry} (rescue)", error)
             return fallback
 
@@ -45,7 +51,7 @@ class Guard:
         self._stats.add("step_us", spent_us)
         self._stats.raise_to("longest_call_us", spent_us)
 
-    def _report(self, entry: str, error: Exception) -> None:
+    def _report(self, entry: str, error: BaseException) -> None:
         self._stats.add("errors")
         cause = (entry, type(error))
         if cause in self._seen:

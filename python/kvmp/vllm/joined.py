@@ -10,6 +10,7 @@ from typing import Any
 from kvmp.vllm.metadata import NamespaceRef, SessionRef
 
 _JOIN_MS = 1000
+_PING_MS = 100
 # After a failure the jobs behind it fail at once; a worker tries again this much later. Seconds.
 _AGAIN_S = 1.0
 
@@ -52,7 +53,7 @@ class Membership:
         """
         client = self._join_session(session)
         if client.lost:
-            raise NotJoinedError(f"the server of {session.endpoint} is gone")
+            self._revive(session)
         return client, self._join_namespace(client, namespace)
 
     def for_load(self, session: SessionRef, namespace: NamespaceRef) -> tuple[Any, Any]:
@@ -82,15 +83,23 @@ class Membership:
                 socket_dir=self._socket_dir,
                 timeout_ms=_JOIN_MS,
             )
-        except Exception as error:
+        except BaseException as error:
             raise self._remember(session, NotJoinedError(str(error))) from error
         if client.server_epoch != session.server_epoch:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(BaseException):
                 client.close()
             raise self._remember(session, NotJoinedError(f"the server of {session.endpoint} was restarted meanwhile"))
         self.close()
         self._session, self._client = session, client
         return client
+
+    def _revive(self, session: SessionRef) -> None:
+        """A missed bound is forgiven once a ping is answered; a hang-up is not."""
+        self._fail_again(session)
+        try:
+            self._client.ping(timeout_ms=_PING_MS)
+        except BaseException as error:
+            raise self._remember(session, NotJoinedError(str(error))) from error
 
     def _join_namespace(self, client: Any, namespace: NamespaceRef) -> Any:
         from kvmp.errors import NamespaceError
@@ -102,7 +111,7 @@ class Membership:
                 handle = client.join(namespace.id, namespace.digest, self._layout_json, timeout_ms=_JOIN_MS)
             except NamespaceError as error:
                 raise self._remember(self._session, RefusedError(str(error))) from error
-            except Exception as error:
+            except BaseException as error:
                 raise self._remember(self._session, NotJoinedError(str(error))) from error
             self._namespaces[namespace] = handle
         return handle
@@ -119,7 +128,7 @@ class Membership:
         """Leaves the server; every copy must have ended."""
         client, self._client, self._session, self._namespaces = self._client, None, None, {}
         if client is not None:
-            with contextlib.suppress(Exception):  # It is left behind in any case.
+            with contextlib.suppress(BaseException):  # It is left behind in any case.
                 client.close()
 
 

@@ -189,7 +189,7 @@ class Link:
         except SpecRefusedError as refused:
             self._stopping = True
             self._switch_off(str(refused))
-        except Exception as error:  # No server, a refusal, a broken session: try again, engine unharmed.
+        except BaseException as error:  # No server, a refusal, a broken session: try again, engine unharmed.
             self._drop_session()
             if not self._stopping:
                 self._warn(error)
@@ -232,10 +232,10 @@ class Link:
     def _leave(self, session: Session) -> None:
         try:
             session.client.close()
-        except Exception as error:  # A session that cannot even be closed must not end this thread.
+        except BaseException as error:  # A session that cannot even be closed must not end this thread.
             self._logger.debug("kvmp: closing a session failed: %s", error)
 
-    def _warn(self, error: Exception) -> None:
+    def _warn(self, error: BaseException) -> None:
         if self._warned:
             return
         self._warned = True

@@ -70,7 +70,7 @@ class Lookups:
             hashes = hash_array(state.request.block_hashes)
             state.pending = namespace.session.client.submit_lookup(namespace.handle, hashes)
             self._stats.add("lookups")
-        except Exception:
+        except BaseException:
             self._give_up(state)
             raise
 
@@ -85,7 +85,7 @@ class Lookups:
             state.asked_at = now
         try:
             lease = state.pending.poll()
-        except Exception:
+        except BaseException:
             self._give_up(state)
             raise
         if lease is not None:

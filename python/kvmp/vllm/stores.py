@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from kvmp.client import Answer
+from kvmp.vllm.guard import ENDS_THE_PROCESS
 from kvmp.vllm.link import Link, OpenNamespace
 from kvmp.vllm.metadata import StoreJob, WorkerReport
 from kvmp.vllm.options import Options
@@ -22,6 +23,8 @@ from kvmp.vllm.pins import Pins
 from kvmp.vllm.request_state import RequestState, hash_array
 from kvmp.vllm.stats import KvmpStats
 
+# Blocks put up in one message; a server takes 16,384, and the rest follows with the next step.
+_PUT_UP_MOST = 8192
 _BREAKS_THE_CHAIN = [int(code) for code in (Answer.NO_PARENT, Answer.NO_SPACE, Answer.NOT_ADMITTED, Answer.WARMING)]
 
 
@@ -100,7 +103,7 @@ class Stores:
             table: all engine blocks of the request, which `open_for` has let pass in this step.
         """
         first = state.stored_blocks
-        block_ids = table[first : min(full_blocks, first + self.pins.room)]
+        block_ids = table[first : min(full_blocks, first + self.pins.room, first + _PUT_UP_MOST)]
         if 0 in block_ids:
             # The null block holds nobody's KV; what lies behind it has no parent.
             block_ids, state.store_closed = block_ids[: block_ids.index(0)], True
@@ -118,7 +121,7 @@ class Stores:
             pending = namespace.session.client.submit_reserve(
                 namespace.handle, wanted, first_block=first, parent=parent
             )
-        except Exception:
+        except BaseException:
             self.pins.unpin(block_ids)
             self._link.mark_lost()
             raise
@@ -147,7 +150,9 @@ class Stores:
             return None, True
         try:
             lease = reserving.pending.poll()
-        except Exception as error:
+        except ENDS_THE_PROCESS:
+            raise
+        except BaseException as error:
             self._logger.debug("kvmp: a reservation was lost: %s", error)
             self._stats.add("errors")
             self._link.mark_lost()

@@ -101,7 +101,7 @@ class WorkerSide:
             job = self._new_loads.pop(0)
             try:
                 self._running_copier().load(job)
-            except Exception:
+            except BaseException:
                 # vLLM waits for this load: it is reported failed with the next results.
                 self._doomed.append(job)
                 raise
@@ -112,7 +112,7 @@ class WorkerSide:
             job = self._new_stores.pop(0)
             try:
                 self._running_copier().store(job)
-            except Exception:
+            except BaseException:
                 self._unreported = self._unreported.aggregate(WorkerReport({job.job_id: {self._part: 0}}))
                 raise
 
