@@ -76,6 +76,9 @@ pub enum ServerError {
         /// What is wrong, and the mend.
         why: String,
     },
+    /// A running server was asked for something and it did not work out.
+    #[error("{0}")]
+    Asked(String),
     /// A system call failed.
     #[error("{what}: {source}")]
     Os {

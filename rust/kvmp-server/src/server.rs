@@ -216,6 +216,10 @@ impl Server {
         let arena_dir = self.config.arena_dir.clone();
         let layout = *segment.table.layout();
         let backed_before = layout.geometry.chunks as usize - cold.len();
+        if cold.is_empty() {
+            self.plane.send(Command::BackingEnded);
+            return Ok(());
+        }
         if backed_before == 0 {
             let backing = Backing {
                 file: segment.file(),

@@ -1,5 +1,6 @@
 //! The command line, for the binary and for the wheel's console script.
 
+mod ask;
 mod serve;
 
 use clap::{Parser, Subcommand};
@@ -20,6 +21,12 @@ struct Cli {
 enum Command {
     /// Run a server.
     Serve(Box<serve::ServeArgs>),
+    /// Show what a running server counts.
+    Stats(ask::StatsArgs),
+    /// Ask a running server whether it is there.
+    Ping(ask::Where),
+    /// Evict every block that is not in use.
+    Clear(ask::Where),
     /// Remove the segment file that a server left at its exit.
     Rm(RmArgs),
 }
@@ -47,6 +54,9 @@ pub fn main(args: Vec<String>) -> i32 {
     };
     let done = match cli.command {
         Command::Serve(args) => serve::run(*args),
+        Command::Stats(args) => ask::stats(args),
+        Command::Ping(place) => ask::ping(place),
+        Command::Clear(place) => ask::clear(place),
         Command::Rm(args) => rm(args),
     };
     match done {

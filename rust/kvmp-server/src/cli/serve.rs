@@ -1,5 +1,6 @@
 //! `kvmp serve`: starts, says so in one line, waits for a signal, drains, says what it leaves.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -70,8 +71,12 @@ pub(super) fn run(args: ServeArgs) -> Result<(), ServerError> {
 fn log_to_stderr() {
     let filter = EnvFilter::try_from_env("KVMP_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     // A second server in one process keeps the first one's subscriber.
-    let _ =
-        tracing_subscriber::fmt().with_env_filter(filter).with_target(false).with_writer(std::io::stderr).try_init();
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .try_init();
 }
 
 /// Each session takes a few descriptors: as many as the system allows.

@@ -15,7 +15,7 @@ use crate::error::ServerError;
 /// How long a caller may take over its one question.
 const PATIENCE: Duration = Duration::from_millis(500);
 /// How often the thread looks whether it should stop.
-const GLANCE: Duration = Duration::from_millis(200);
+const GLANCE: Duration = Duration::from_millis(50);
 
 /// The thread that answers.
 #[derive(Debug)]
@@ -47,10 +47,11 @@ impl Rendezvous {
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new().name("kvmp-tcp".into()).spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
-                if wait_readable(&listener) {
-                    if let Ok((stream, _)) = listener.accept() {
-                        let _ = answer(stream, &located);
-                    }
+                if wait_readable(&listener)
+                    && let Ok((stream, _)) = listener.accept()
+                {
+                    // A caller that hangs up or stalls has had its chance.
+                    let _ = answer(stream, &located);
                 }
             }
         })?;
