@@ -26,15 +26,8 @@ pub(super) struct Chunk {
     pub listed: bool,
 }
 
-const COLD: Chunk = Chunk {
-    state: ChunkState::Cold,
-    class: 0,
-    free: SlotId::NONE,
-    fresh: 0,
-    used: 0,
-    heat: Ticks(0),
-    listed: false,
-};
+const COLD: Chunk =
+    Chunk { state: ChunkState::Cold, class: 0, free: SlotId::NONE, fresh: 0, used: 0, heat: Ticks(0), listed: false };
 
 /// All chunks.
 #[derive(Debug)]

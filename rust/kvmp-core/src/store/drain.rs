@@ -27,10 +27,10 @@ pub(super) struct Drain {
 impl<T: SlotTable> BlockStore<T> {
     /// Tries to get a chunk for `class` from another slot size; it may take several calls.
     pub(super) fn take_chunk(&mut self, class: usize, now: Ticks) {
-        if self.draining.is_none() {
-            if let Some(chunk) = self.chunk_to_take(class, now) {
-                self.start_drain(chunk);
-            }
+        if self.draining.is_none()
+            && let Some(chunk) = self.chunk_to_take(class, now)
+        {
+            self.start_drain(chunk);
         }
         self.drain_some();
     }
@@ -47,9 +47,7 @@ impl<T: SlotTable> BlockStore<T> {
     fn coldest_chunk_of_others(&self, class: usize) -> Option<(ChunkId, Option<Ticks>)> {
         let chunks = self.chunks.all.iter().enumerate();
         let others = chunks.filter(|(_, c)| c.class != class && matches!(c.state, ChunkState::Assigned { .. }));
-        others
-            .map(|(id, c)| (ChunkId(id as u32), (c.used > 0).then_some(c.heat)))
-            .min_by_key(|(id, heat)| (*heat, *id))
+        others.map(|(id, c)| (ChunkId(id as u32), (c.used > 0).then_some(c.heat))).min_by_key(|(id, heat)| (*heat, *id))
     }
 
     fn start_drain(&mut self, chunk: ChunkId) {

@@ -12,12 +12,7 @@ use super::table::SlotTable;
 impl<T: SlotTable> BlockStore<T> {
     /// A Free slot, by eviction if need be. `may_move` says whether this request may still try to take
     /// a chunk from another slot size: choosing one looks at every chunk, so it is done once a slice.
-    pub(super) fn take_slot(
-        &mut self,
-        class: usize,
-        now: Ticks,
-        may_move: &mut bool,
-    ) -> Result<SlotId, ReserveAnswer> {
+    pub(super) fn take_slot(&mut self, class: usize, now: Ticks, may_move: &mut bool) -> Result<SlotId, ReserveAnswer> {
         loop {
             if let Some(slot) = self.free_slot(class) {
                 return Ok(slot);

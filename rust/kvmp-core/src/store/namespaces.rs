@@ -81,13 +81,8 @@ impl<T: SlotTable> BlockStore<T> {
         }
         let groups: Vec<Group> = (0..spec.groups.len()).map(|group| self.new_group(group, spec)).collect();
         let unit = groups.iter().fold(1, |unit, group| unit / gcd(unit, group.stride) * group.stride);
-        let namespace = Namespace {
-            groups,
-            parts: spec.parts.len() as u16,
-            hash_tokens: spec.hash_tokens(),
-            unit,
-            slots: 0,
-        };
+        let namespace =
+            Namespace { groups, parts: spec.parts.len() as u16, hash_tokens: spec.hash_tokens(), unit, slots: 0 };
         let index = usize::from(id.0);
         self.namespaces.resize(self.namespaces.len().max(index + 1), None);
         self.namespaces[index] = Some(namespace);

@@ -175,7 +175,8 @@ impl<T: SlotTable> BlockStore<T> {
     }
 
     fn grant(&mut self, cursor: &mut ReserveCursor, key: &BlockKey) -> ReserveAnswer {
-        let Ok(Group { class, pages, bytes, .. }) = self.namespace_group(cursor.namespace, cursor.group).cloned() else {
+        let Ok(Group { class, pages, bytes, .. }) = self.namespace_group(cursor.namespace, cursor.group).cloned()
+        else {
             return ReserveAnswer::NoSpace;
         };
         if !self.may_write(cursor.lease, pages) {

@@ -232,7 +232,9 @@ impl<T: SlotTable> BlockStore<T> {
     fn check_policy(&self, id: usize) -> Result<(), String> {
         let chunks = self.chunks_of(id);
         let class = &self.classes[id];
-        ensure(class.chunks as usize == chunks.len(), || format!("size {id} has {chunks:?}, counted {}", class.chunks))?;
+        ensure(class.chunks as usize == chunks.len(), || {
+            format!("size {id} has {chunks:?}, counted {}", class.chunks)
+        })?;
         let slots = chunks.into_iter().flat_map(|chunk| self.blocks.hot.slots_in(chunk));
         let resident = |slot: &SlotId| matches!(self.blocks.hot[*slot].state, BlockState::Ready | BlockState::Writing);
         let tracked: Vec<SlotId> = slots.filter(resident).collect();

@@ -1,0 +1,4 @@
+//! The block store at its boundary.
+
+mod fixture;
+mod rules;
