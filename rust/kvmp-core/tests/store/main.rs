@@ -1,4 +1,5 @@
 //! The block store at its boundary.
 
 mod fixture;
+mod replay;
 mod rules;
