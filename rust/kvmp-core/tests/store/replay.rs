@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use kvmp_core::clock::Ticks;
-use kvmp_core::ids::{BlockKey, ChunkId};
+use kvmp_core::ids::BlockKey;
 use kvmp_core::store::{BlockStore, HeapTable};
 
 use crate::fixture::*;
