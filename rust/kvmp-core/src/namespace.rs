@@ -103,7 +103,8 @@ impl NamespaceSpec {
         Ok(spec)
     }
 
-    fn check(&self) -> Result<(), SpecError> {
+    /// Checks what the types leave open: counts, sizes, and that the groups' hashes agree.
+    pub fn check(&self) -> Result<(), SpecError> {
         if self.groups.is_empty() || self.groups.len() > 64 {
             return Err(field("groups", format!("{} groups, 1 to 64 are allowed", self.groups.len())));
         }

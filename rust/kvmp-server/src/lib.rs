@@ -1,1 +1,27 @@
-//! kvmp server
+//! kvmp's server, to run as `kvmp serve` or to embed in a Rust program.
+//!
+//! ```no_run
+//! let server = kvmp_server::Server::builder().size(1 << 30).name("mine").ephemeral(true).start()?;
+//! println!("engines connect to {}", server.endpoint());
+//! server.stop();
+//! # Ok::<(), kvmp_server::ServerError>(())
+//! ```
+
+#[cfg(not(target_os = "linux"))]
+compile_error!("kvmp runs on Linux only: it needs tmpfs, memfd, futex and OFD locks");
+
+pub mod cli;
+mod config;
+mod error;
+mod limits;
+mod listen;
+mod plane;
+mod recovery;
+mod segment;
+mod server;
+mod size;
+
+pub use config::{ConfigSource, DEFAULT_ARENA_DIR, DEFAULT_NAME, ServerConfig, default_socket};
+pub use error::ServerError;
+pub use server::{Server, ServerBuilder};
+pub use size::{Bytes, SizeError, parse_size};

@@ -62,8 +62,7 @@ impl RecordCells<'_> {
     }
 
     /// Writing -> Ready: the check first, then the word.
-    pub fn commit(&self, touched: u32) -> SlotWord {
-        self.touch(touched);
+    pub fn commit(&self) -> SlotWord {
         let word = self.word().with_state(SlotState::Ready);
         let seal = self.0[SEAL].load(Ordering::Relaxed) & 0xffff_ffff;
         self.0[SEAL].store(seal | u64::from(self.checksum(word)) << 32, Ordering::Relaxed);
@@ -149,7 +148,8 @@ mod tests {
         let granted = record.grant(&identity());
         assert_eq!(granted, SlotWord::new(1, SlotState::Writing));
         assert!(!record.read().whole);
-        let ready = record.commit(9);
+        record.touch(9);
+        let ready = record.commit();
         let read = record.read();
         assert_eq!((read.word, read.identity, read.touched, read.whole), (ready, identity(), 9, true));
         record.touch(u32::MAX);
@@ -157,7 +157,7 @@ mod tests {
         record.evict();
         assert_eq!(record.word(), SlotWord::new(1, SlotState::Free));
         record.grant(&identity());
-        assert_ne!(record.commit(9), ready);
+        assert_ne!(record.commit(), ready);
     }
 
     #[test]
@@ -168,7 +168,7 @@ mod tests {
                 let cells: [AtomicU64; 8] = Default::default();
                 let record = RecordCells(&cells);
                 record.grant(&identity());
-                record.commit(5);
+                record.commit();
                 cells[cell].fetch_xor(1 << bit, Ordering::Relaxed);
                 assert_eq!(record.read().whole, touched_or_state, "cell {cell} bit {bit}");
             }

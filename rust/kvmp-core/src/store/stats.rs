@@ -56,7 +56,7 @@ impl ByState {
 }
 
 /// The block store's statistics.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize)]
 pub struct StoreStats {
     /// Bytes of all chunks.
     pub arena_bytes: u64,

@@ -1,0 +1,316 @@
+//! The client: one session's calls in one place.
+
+use std::fs::File;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use kvmp_core::namespace::NamespaceSpec;
+use kvmp_core::segment::{Access, Mapping};
+use kvmp_core::slot::PartSum;
+use kvmp_core::wire::{ClientMessage, Op, Opened, Refusal, Role, ServerMessage, SocketError};
+use serde_json::Value;
+
+use crate::connect::{ConnectOptions, attach};
+use crate::control::ExchangeError;
+use crate::error::{LostWhy, input};
+use crate::lease::{self, ReadLease, WriteLease};
+use crate::parts::{PartList, close_parts};
+use crate::session::Session;
+use crate::slots::{PartsAt, part_offsets};
+use crate::stats;
+use crate::{Bound, ClientError, Endpoint, Namespace, PendingLookup, PendingReserve, ReserveList};
+
+/// A connected client. Shared between threads freely: no call holds a lock while it sleeps.
+pub struct Client {
+    session: Arc<Session>,
+    endpoint: String,
+    role: Role,
+    engine_token: u64,
+    part: Option<u16>,
+    keys_max: u32,
+    server_version: String,
+    segment: File,
+    arena: Mutex<Option<Mapping>>,
+}
+
+impl Client {
+    /// Connects, says hello, maps what comes back.
+    ///
+    /// # Errors
+    /// No server, a refusal (uid, version, engine) with the server's words, a segment that is not what it should be,
+    /// or the bound.
+    pub fn connect(endpoint: &str, options: &ConnectOptions, bound: &Bound<'_>) -> Result<Self, ClientError> {
+        let attached = attach(&endpoint.parse::<Endpoint>()?, options, bound)?;
+        let segment = attached.segment.try_clone().map_err(|e| ClientError::Attach(format!("segment: {e}")))?;
+        Ok(Self {
+            endpoint: Endpoint::Unix(attached.path.clone()).to_string(),
+            role: options.role,
+            engine_token: attached.welcome.engine_token,
+            part: options.part,
+            keys_max: attached.welcome.keys_max.clamp(1, kvmp_core::wire::LOOKUP_MAX),
+            server_version: attached.welcome.server_version.clone(),
+            segment,
+            arena: Mutex::new(None),
+            session: Session::new(attached),
+        })
+    }
+
+    /// `unix:PATH` of the socket in use.
+    #[must_use]
+    pub fn endpoint(&self) -> &str {
+        &self.endpoint
+    }
+
+    /// What this client is.
+    #[must_use]
+    pub fn role(&self) -> Role {
+        self.role
+    }
+
+    /// Token of the engine: minted for a scheduler, given by a worker, 0 for a tool.
+    #[must_use]
+    pub fn engine_token(&self) -> u64 {
+        self.engine_token
+    }
+
+    /// Part this client writes.
+    #[must_use]
+    pub fn part(&self) -> Option<u16> {
+        self.part
+    }
+
+    /// Most hashes or slots in one request.
+    #[must_use]
+    pub fn keys_max(&self) -> u32 {
+        self.keys_max
+    }
+
+    /// Version of the server's package.
+    #[must_use]
+    pub fn server_version(&self) -> &str {
+        &self.server_version
+    }
+
+    /// Which life of a server this session is with.
+    #[must_use]
+    pub fn server_epoch(&self) -> u64 {
+        self.session.epoch
+    }
+
+    /// Identity of the segment's inode, hex.
+    #[must_use]
+    pub fn segment_id(&self) -> &str {
+        &self.session.segment_id
+    }
+
+    /// Why the session answers no more, if a hang-up or a missed bound has been seen. A look, never a wait.
+    #[must_use]
+    pub fn lost(&self) -> Option<LostWhy> {
+        if self.session.check_process().is_err() { Some(LostWhy::Closed) } else { self.session.lost_now() }
+    }
+
+    /// Microseconds that this client's calls have waited, all together.
+    #[must_use]
+    pub fn waited_us(&self) -> u64 {
+        self.session.waited_us()
+    }
+
+    /// Requests not answered and taken yet, those given up included.
+    pub fn open_requests(&self) -> Result<usize, ClientError> {
+        self.session.check_process()?;
+        Ok(self.session.open_requests())
+    }
+
+    /// Round trip; an answer ends a loss by a missed bound.
+    pub fn ping(&self, bound: &Bound<'_>) -> Result<Duration, ClientError> {
+        self.session.ping(bound)
+    }
+
+    /// Opens a namespace (scheduler, tool).
+    pub fn open(&self, spec: &NamespaceSpec, bound: &Bound<'_>) -> Result<Namespace, ClientError> {
+        self.name_space(&ClientMessage::Open { spec: spec.clone() }, bound)
+    }
+
+    /// Joins a namespace that the scheduler opened (worker): refused unless it has this digest and this part's layout.
+    pub fn join(
+        &self,
+        namespace: u16,
+        digest: &str,
+        layout: &Value,
+        bound: &Bound<'_>,
+    ) -> Result<Namespace, ClientError> {
+        let join = ClientMessage::Join { namespace, digest: digest.to_owned(), layout: layout.clone() };
+        let joined = self.name_space(&join, bound)?;
+        if joined.digest() == digest {
+            return Ok(joined);
+        }
+        Err(ClientError::Namespace(format!("namespace {namespace} has the digest {}, not {digest}", joined.digest())))
+    }
+
+    fn name_space(&self, message: &ClientMessage, bound: &Bound<'_>) -> Result<Namespace, ClientError> {
+        self.session.check_usable()?;
+        match self.session.control.exchange(message, bound) {
+            Ok(ServerMessage::Opened(opened)) => self.opened(opened),
+            Ok(ServerMessage::Refused { refusal, message }) => Err(self.refused(refusal, message)),
+            Ok(other) => Err(ClientError::Protocol(format!("an open was answered with {other:?}"))),
+            Err(ExchangeError::Interrupted) => Err(ClientError::Interrupted),
+            Err(ExchangeError::Socket(error)) => Err(self.socket_failed(error, bound)),
+        }
+    }
+
+    fn opened(&self, opened: Opened) -> Result<Namespace, ClientError> {
+        Namespace::new(opened, &self.session)
+    }
+
+    fn refused(&self, refusal: Refusal, message: String) -> ClientError {
+        match refusal {
+            Refusal::Namespace | Refusal::Full => ClientError::Namespace(message),
+            Refusal::ShuttingDown => ClientError::Lost(LostWhy::ShuttingDown),
+            _ => ClientError::Refused { endpoint: self.endpoint.clone(), refusal, message },
+        }
+    }
+
+    fn socket_failed(&self, error: SocketError, bound: &Bound<'_>) -> ClientError {
+        match error {
+            SocketError::TimedOut => ClientError::BoundExceeded { op: "open", limit_ms: bound.limit_ms() },
+            SocketError::HangUp => {
+                self.session.end(LostWhy::HungUp(None));
+                ClientError::Lost(LostWhy::HungUp(None))
+            }
+            other => ClientError::Protocol(other.to_string()),
+        }
+    }
+
+    /// Asks for the longest hit of a hash list; never waits.
+    pub fn submit_lookup(&self, namespace: &Namespace, hashes: &[[u8; 32]]) -> Result<PendingLookup, ClientError> {
+        PendingLookup::submit(&self.session, self.keys_max, namespace, hashes)
+    }
+
+    /// The longest hit of a hash list, within the bound.
+    pub fn lookup(
+        &self,
+        namespace: &Namespace,
+        hashes: &[[u8; 32]],
+        bound: &Bound<'_>,
+    ) -> Result<ReadLease, ClientError> {
+        self.submit_lookup(namespace, hashes)?.wait(bound)
+    }
+
+    /// Asks for slots to write; never waits.
+    pub fn submit_reserve(&self, namespace: &Namespace, list: &ReserveList<'_>) -> Result<PendingReserve, ClientError> {
+        PendingReserve::submit(&self.session, self.keys_max, namespace, list)
+    }
+
+    /// Slots to write, within the bound.
+    pub fn reserve(
+        &self,
+        namespace: &Namespace,
+        list: &ReserveList<'_>,
+        bound: &Bound<'_>,
+    ) -> Result<WriteLease, ClientError> {
+        self.submit_reserve(namespace, list)?.wait(bound)
+    }
+
+    /// Says that this client's part of the slots is written; how many the server took.
+    pub fn commit(
+        &self,
+        lease: u64,
+        slots: &[u32],
+        words: &[u64],
+        sums: Option<&[PartSum]>,
+        bound: &Bound<'_>,
+    ) -> Result<u32, ClientError> {
+        let list = PartList { lease, part: self.own_part()?, slots, words, sums };
+        close_parts(&self.session, self.keys_max, Op::Commit, &list, bound)
+    }
+
+    /// Gives up this client's part of the slots; how many the server took.
+    pub fn abort(&self, lease: u64, slots: &[u32], words: &[u64], bound: &Bound<'_>) -> Result<u32, ClientError> {
+        let list = PartList { lease, part: self.own_part()?, slots, words, sums: None };
+        close_parts(&self.session, self.keys_max, Op::Abort, &list, bound)
+    }
+
+    fn own_part(&self) -> Result<u16, ClientError> {
+        self.part.ok_or_else(|| input("part", "this client has none: only a worker commits, aborts or copies"))
+    }
+
+    /// Whether each slot still has its leased word; after a load's copy has ended. No message.
+    pub fn check(&self, slots: &[u32], words: &[u64]) -> Result<Vec<bool>, ClientError> {
+        if slots.len() != words.len() {
+            return Err(input("words", format!("{} words for {} slots", words.len(), slots.len())));
+        }
+        Ok(lease::check(&self.session.table, slots, words))
+    }
+
+    /// Counters, as JSON.
+    pub fn stats(&self, bound: &Bound<'_>) -> Result<String, ClientError> {
+        stats::stats(&self.session, bound)
+    }
+
+    /// Evicts what is Ready and not pinned; how many blocks.
+    pub fn clear(&self, bound: &Bound<'_>) -> Result<u32, ClientError> {
+        stats::clear(&self.session, bound)
+    }
+
+    /// The arena, mapped at the first ask.
+    pub fn arena(&self) -> Result<Mapping, ClientError> {
+        let mut arena = self.arena.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(mapping) = arena.as_ref() {
+            return Ok(mapping.clone());
+        }
+        let layout = self.session.table.layout();
+        let (at, len) = (layout.arena_offset(), layout.geometry.arena_bytes());
+        let mapping = Mapping::new(&self.segment, at, len, Access::ReadWrite)
+            .map_err(|e| ClientError::Segment(format!("mapping {len} bytes of the arena: {e}")))?;
+        Ok(arena.insert(mapping).clone())
+    }
+
+    /// The chunks that have memory behind them now, as (offset in the arena, length) in bytes.
+    #[must_use]
+    pub fn backed_chunks(&self) -> Vec<(u64, u64)> {
+        use kvmp_core::{ids::ChunkId, segment::ChunkWord};
+        let geometry = self.session.table.layout().geometry;
+        let backed = |&chunk: &u32| !matches!(self.session.table.chunk(ChunkId(chunk)), None | Some(ChunkWord::Cold));
+        let range = |chunk: u32| (u64::from(chunk) * geometry.chunk_bytes, geometry.chunk_bytes);
+        (0..geometry.chunks).filter(backed).map(range).collect()
+    }
+
+    /// Places of this client's part in some slots, and a guard to hold until the copy has ended.
+    ///
+    /// # Errors
+    /// No part, another session's namespace, a slot that is not of the group's size, or a session that was closed.
+    pub fn parts_at(&self, namespace: &Namespace, group: u16, slots: &[u32]) -> Result<PartsAt, ClientError> {
+        self.session.check_process()?;
+        namespace.check_session(&self.session)?;
+        let (offsets, bytes) = part_offsets(&self.session.table, namespace, group, self.own_part()?, slots)?;
+        let guard = self.session.holder.guard().ok_or(ClientError::Lost(LostWhy::Closed))?;
+        Ok(PartsAt { offsets, bytes, arena: self.arena()?, guard })
+    }
+
+    /// Refuses a write lease of another life of the server: nothing may be stored under it.
+    pub fn check_epoch(&self, lease_epoch: u64) -> Result<(), ClientError> {
+        let session = self.session.epoch;
+        if lease_epoch == session { Ok(()) } else { Err(ClientError::Epoch { lease: lease_epoch, session }) }
+    }
+
+    /// Hangs up. Requests under way fail; the holder entry is freed with the last copy; mappings stay until the drop.
+    pub fn close(&self) {
+        if self.session.check_process().is_ok() {
+            self.session.end(LostWhy::Closed);
+            self.session.control.shut();
+            self.session.holder.give_up();
+        }
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl std::fmt::Debug for Client {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Client").field("endpoint", &self.endpoint).field("epoch", &self.session.epoch).finish()
+    }
+}

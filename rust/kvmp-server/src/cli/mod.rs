@@ -1,0 +1,93 @@
+//! The command line, for the binary and for the wheel's console script.
+
+mod ask;
+mod serve;
+
+use clap::{Parser, Subcommand};
+
+use crate::config::{ConfigSource, DEFAULT_ARENA_DIR, DEFAULT_NAME, checked_name};
+use crate::segment;
+use crate::size::Bytes;
+
+/// Keeps LLM engines' KV cache in shared memory: shared between engines, across restarts.
+#[derive(Parser, Debug)]
+#[command(name = "kvmp", version, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Run a server.
+    Serve(Box<serve::ServeArgs>),
+    /// Show what a running server counts.
+    Stats(ask::StatsArgs),
+    /// Ask a running server whether it is there.
+    Ping(ask::Where),
+    /// Evict every block that is not in use.
+    Clear(ask::Where),
+    /// Remove the segment file that a server left at its exit.
+    Rm(RmArgs),
+}
+
+#[derive(clap::Args, Debug)]
+struct RmArgs {
+    /// Name of the server.
+    #[arg(default_value = DEFAULT_NAME)]
+    name: String,
+    /// Folder of the segment file.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_ARENA_DIR)]
+    arena_dir: std::path::PathBuf,
+}
+
+/// Runs a command line (with the program's name first); gives the exit status.
+#[must_use]
+pub fn main(args: Vec<String>) -> i32 {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(e) => {
+            // Help and version come this way too, with status 0.
+            let _ = e.print();
+            return e.exit_code();
+        }
+    };
+    let done = match cli.command {
+        Command::Serve(args) => serve::run(*args),
+        Command::Stats(args) => ask::stats(args),
+        Command::Ping(place) => ask::ping(place),
+        Command::Clear(place) => ask::clear(place),
+        Command::Rm(args) => rm(args),
+    };
+    match done {
+        Ok(()) => 0,
+        Err(e) => {
+            eprintln!("kvmp: {e}");
+            e.exit_code()
+        }
+    }
+}
+
+fn rm(args: RmArgs) -> Result<(), crate::ServerError> {
+    let name = checked_name(args.name)?;
+    let bytes = segment::remove(&args.arena_dir, &name)?;
+    println!("removed the segment of '{name}': {} of memory are free again", Bytes(bytes));
+    Ok(())
+}
+
+impl From<serve::ServeArgs> for ConfigSource {
+    fn from(args: serve::ServeArgs) -> Self {
+        Self {
+            size: args.size,
+            name: args.name,
+            arena_dir: args.arena_dir,
+            socket: args.socket,
+            tcp: args.tcp,
+            policy: args.policy,
+            chunk: args.chunk,
+            ephemeral: args.ephemeral.then_some(true),
+            fresh: args.fresh.then_some(true),
+            allow_uid: (!args.allow_uid.is_empty()).then_some(args.allow_uid),
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! Why a server does not start, or stops.
+
+use std::path::PathBuf;
+
+use kvmp_core::geometry::GeometryError;
+
+use crate::size::Bytes;
+
+/// Everything that keeps a server from running.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// A setting that cannot be.
+    #[error("{key}: {why}")]
+    Config {
+        /// Flag or key.
+        key: String,
+        /// What is wrong with it, and what is allowed.
+        why: String,
+    },
+    /// Sizes that do not fit each other.
+    #[error(transparent)]
+    Geometry(#[from] GeometryError),
+    /// More than there could ever be.
+    #[error("--size {} could never fit: {what} has {} in all; {mend}, or ask for less with --size", Bytes(*size), Bytes(*total))]
+    NeverFits {
+        /// Bytes the segment would take.
+        size: u64,
+        /// What is too small.
+        what: String,
+        /// How much it has in all.
+        total: u64,
+        /// What makes it larger.
+        mend: String,
+    },
+    /// Not even one chunk has room.
+    #[error("no room for even one chunk of {}: {what} has {} free; {mend}, or take a smaller --chunk", Bytes(*chunk), Bytes(*free))]
+    NoRoom {
+        /// Bytes of a chunk.
+        chunk: u64,
+        /// What is full.
+        what: String,
+        /// How much it has free.
+        free: u64,
+        /// What makes room.
+        mend: String,
+    },
+    /// The arena dir is on a disk, say.
+    #[error("--arena-dir {}: not a tmpfs or hugetlbfs; memory speed needs one (/dev/shm is a tmpfs)", dir.display())]
+    NotMemory {
+        /// The folder.
+        dir: PathBuf,
+    },
+    /// Another server has the name.
+    #[error(
+        "a kvmp server (pid {pid}) already runs under the name '{name}'; stop it with `kill {pid}`, or take another --name"
+    )]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// Who has it.
+        pid: u64,
+    },
+    /// The TCP port that was asked for is taken.
+    #[error("--tcp {address}: {why}; take another port, or `--tcp off`")]
+    Tcp {
+        /// Address asked for.
+        address: String,
+        /// The system's reason.
+        why: String,
+    },
+    /// A folder or socket that is not ours alone.
+    #[error("{}: {why}", path.display())]
+    Socket {
+        /// Path of folder or socket.
+        path: PathBuf,
+        /// What is wrong, and the mend.
+        why: String,
+    },
+    /// A running server was asked for something and it did not work out.
+    #[error("{0}")]
+    Asked(String),
+    /// A system call failed.
+    #[error("{what}: {source}")]
+    Os {
+        /// What was being done.
+        what: String,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+}
+
+impl ServerError {
+    /// The exit status of the command line: 2 for what the caller asked wrongly, 1 for the rest.
+    #[must_use]
+    pub fn exit_code(&self) -> i32 {
+        match self {
+            Self::Config { .. } | Self::Geometry(_) | Self::NeverFits { .. } | Self::NotMemory { .. } => 2,
+            _ => 1,
+        }
+    }
+}
+
+/// Puts words before a system error.
+pub(crate) trait Context<T> {
+    fn doing(self, what: impl FnOnce() -> String) -> Result<T, ServerError>;
+}
+
+impl<T, E: Into<std::io::Error>> Context<T> for Result<T, E> {
+    fn doing(self, what: impl FnOnce() -> String) -> Result<T, ServerError> {
+        self.map_err(|source| ServerError::Os { what: what(), source: source.into() })
+    }
+}

@@ -1,0 +1,272 @@
+//! The control thread: one poll over the listener and every session's socket.
+//!
+//! A session: `accepted -> uid checked -> Hello -> Welcome -> (open | join)* -> hang-up`.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use kvmp_core::ids::EngineToken;
+use kvmp_core::ring::Ring;
+use kvmp_core::segment::{Access, Mapping};
+use kvmp_core::wire::{
+    ClientMessage, Geometries, Hello, LOOKUP_MAX, Refusal, Role, ServerMessage, SocketError, Welcome, peer_uid,
+    receive, send,
+};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::net::SocketFlags;
+
+use super::socket::BoundSocket;
+use crate::plane::{Attach, Command, PlaneHandle, Refused, SessionId};
+use crate::segment::{HolderLocks, SegmentFile};
+
+/// What the control thread works with.
+pub(crate) struct ControlStart {
+    pub socket: BoundSocket,
+    pub segment: Arc<SegmentFile>,
+    pub holders: HolderLocks,
+    pub plane: PlaneHandle,
+    pub allow_uids: Vec<u32>,
+    /// Readable when the thread should stop.
+    pub stop: Arc<OwnedFd>,
+}
+
+struct Connection {
+    fd: OwnedFd,
+    /// Set by Welcome.
+    session: Option<SessionId>,
+}
+
+/// The control thread's state.
+pub(crate) struct Control {
+    start: ControlStart,
+    connections: HashMap<u64, Connection>,
+    next: u64,
+}
+
+/// Descriptors and mapping of a new session.
+struct SessionFiles {
+    segment: OwnedFd,
+    ring: OwnedFd,
+    ring_map: Ring,
+    doorbell: OwnedFd,
+}
+
+fn refusal(refusal: Refusal, message: impl Into<String>) -> Refused {
+    Refused { refusal, message: message.into() }
+}
+
+fn make_ring() -> io::Result<(OwnedFd, Ring)> {
+    let fd = rustix::fs::memfd_create(c"kvmp-ring", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    rustix::fs::ftruncate(&fd, Ring::BYTES)?;
+    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    let file = std::fs::File::from(fd.try_clone()?);
+    Ok((fd, Ring::new(Mapping::new(&file, 0, Ring::BYTES, Access::ReadWrite)?)))
+}
+
+impl Control {
+    pub fn new(start: ControlStart) -> Self {
+        Self { start, connections: HashMap::new(), next: 1 }
+    }
+
+    /// Serves until told to stop.
+    pub fn run(mut self) {
+        while let Some(ready) = self.wait() {
+            for id in ready {
+                match id {
+                    None => self.accept_all(),
+                    Some(id) => self.serve(id),
+                }
+            }
+        }
+    }
+
+    /// What is readable: `None` the listener, `Some` a connection. Nothing at all: stop.
+    fn wait(&self) -> Option<Vec<Option<u64>>> {
+        let ids: Vec<u64> = self.connections.keys().copied().collect();
+        let mut fds =
+            vec![PollFd::new(&*self.start.stop, PollFlags::IN), PollFd::new(&self.start.socket.fd, PollFlags::IN)];
+        fds.extend(ids.iter().map(|id| PollFd::new(&self.connections[id].fd, PollFlags::IN)));
+        match poll(&mut fds, None) {
+            Err(rustix::io::Errno::INTR) => return Some(Vec::new()),
+            Err(e) => {
+                tracing::error!("poll failed: {e}; the server stops");
+                return None;
+            }
+            Ok(_) => {}
+        }
+        let ready = |fd: &PollFd<'_>| !fd.revents().is_empty();
+        if ready(&fds[0]) {
+            return None;
+        }
+        let names = std::iter::once(None).chain(ids.iter().copied().map(Some));
+        Some(fds[1..].iter().zip(names).filter(|(fd, _)| ready(fd)).map(|(_, name)| name).collect())
+    }
+
+    fn accept_all(&mut self) {
+        loop {
+            match rustix::net::accept_with(&self.start.socket.fd, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+                Ok(fd) => self.accepted(fd),
+                Err(rustix::io::Errno::AGAIN) => return,
+                Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => {}
+                Err(e) => {
+                    tracing::warn!("a connection could not be accepted: {e}");
+                    return;
+                }
+            }
+        }
+    }
+
+    fn accepted(&mut self, fd: OwnedFd) {
+        match self.check_uid(&fd) {
+            Ok(()) => {
+                self.connections.insert(self.next, Connection { fd, session: None });
+                self.next += 1;
+            }
+            Err(refused) => refuse(fd.as_fd(), &refused),
+        }
+    }
+
+    fn check_uid(&self, fd: &OwnedFd) -> Result<(), Refused> {
+        let (uid, pid) = peer_uid(fd).map_err(|e| refusal(Refusal::Uid, e.to_string()))?;
+        let own = rustix::process::geteuid().as_raw();
+        if uid == own || uid == 0 || self.start.allow_uids.contains(&uid) {
+            return Ok(());
+        }
+        tracing::warn!("pid {pid} of uid {uid} refused: this server serves uid {own}; allow it with --allow-uid {uid}");
+        Err(refusal(
+            Refusal::Uid,
+            format!("uid {uid} may not use the kvmp server of uid {own}; start it with --allow-uid {uid}"),
+        ))
+    }
+
+    fn serve(&mut self, id: u64) {
+        let Some(connection) = self.connections.get(&id) else { return };
+        let outcome = match receive::<ClientMessage>(&connection.fd) {
+            Ok((message, fds)) => {
+                // Descriptors travel from the server only: whatever came is closed at once.
+                drop(fds);
+                self.answer(id, message)
+            }
+            Err(SocketError::TimedOut) => return,
+            Err(SocketError::HangUp) => return self.close(id, "it hung up"),
+            Err(SocketError::Frame(e @ kvmp_core::wire::FrameError::Version { .. })) => {
+                Err(refusal(Refusal::Version, e.to_string()))
+            }
+            Err(e) => Err(refusal(Refusal::Protocol, e.to_string())),
+        };
+        if let Err(refused) = outcome {
+            if let Some(connection) = self.connections.get(&id) {
+                refuse(connection.fd.as_fd(), &refused);
+            }
+            // A namespace that is refused leaves the session as it was; all else ends it.
+            if !matches!(refused.refusal, Refusal::Namespace | Refusal::Full)
+                || self.connections.get(&id).is_none_or(|c| c.session.is_none())
+            {
+                self.close(id, &refused.message);
+            } else {
+                tracing::info!("session {id}: {}", refused.message);
+            }
+        }
+    }
+
+    fn answer(&mut self, id: u64, message: ClientMessage) -> Result<(), Refused> {
+        let session = self.connections.get(&id).and_then(|c| c.session);
+        match (message, session) {
+            (ClientMessage::Hello(hello), None) => self.welcome(id, &hello),
+            (ClientMessage::Open { spec }, Some(session)) => {
+                let opened = self.start.plane.ask(|reply| Command::Open { session, spec: Box::new(spec), reply })?;
+                self.reply(id, &ServerMessage::Opened(*opened))
+            }
+            (ClientMessage::Join { namespace, digest, layout }, Some(session)) => {
+                let opened =
+                    self.start.plane.ask(|reply| Command::Join { session, namespace, digest, layout, reply })?;
+                self.reply(id, &ServerMessage::Opened(*opened))
+            }
+            (ClientMessage::Hello(_), Some(_)) => Err(refusal(Refusal::Protocol, "a second hello on one connection")),
+            (_, None) => Err(refusal(Refusal::Protocol, "the first message must be a hello")),
+            (ClientMessage::Locate, Some(_)) => Err(refusal(Refusal::Protocol, "locate is for the TCP rendezvous")),
+        }
+    }
+
+    fn reply(&self, id: u64, message: &ServerMessage) -> Result<(), Refused> {
+        let Some(connection) = self.connections.get(&id) else { return Ok(()) };
+        // A client that does not read its socket loses the session, it cannot make this thread wait.
+        send(&connection.fd, message, &[]).map_err(|e| refusal(Refusal::Protocol, format!("answering: {e}")))
+    }
+
+    fn session_files(&self) -> io::Result<SessionFiles> {
+        let (ring, ring_map) = make_ring()?;
+        Ok(SessionFiles {
+            segment: self.start.segment.reopen(true)?,
+            ring,
+            ring_map,
+            doorbell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        })
+    }
+
+    fn welcome(&mut self, id: u64, hello: &Hello) -> Result<(), Refused> {
+        let files =
+            self.session_files().map_err(|e| refusal(Refusal::Full, format!("a session cannot be made: {e}")))?;
+        let segment = Arc::clone(&self.start.segment);
+        let taken = self
+            .start
+            .holders
+            .take(|| segment.reopen(false))
+            .map_err(|e| refusal(Refusal::Full, format!("a holder entry cannot be locked: {e}")))?;
+        let (holder, holder_fd) = taken.ok_or_else(|| refusal(Refusal::Full, "all 4,096 holder entries are held"))?;
+        self.start.segment.table.set_holder(holder, u64::from(hello.pid), hello.role as u64);
+        let session = SessionId(id);
+        let doorbell = files.doorbell.try_clone().map_err(|e| refusal(Refusal::Full, e.to_string()))?;
+        let attach = Attach { session, ring: files.ring_map, doorbell, hello: hello.clone(), holder };
+        let token = self.start.plane.ask(|reply| Command::Attach { attach: Box::new(attach), reply })?;
+        let welcome = ServerMessage::Welcome(self.welcome_message(session, token)?);
+        if let Some(connection) = self.connections.get_mut(&id) {
+            connection.session = Some(session);
+            let fds: [BorrowedFd<'_>; 4] =
+                [files.segment.as_fd(), files.ring.as_fd(), files.doorbell.as_fd(), holder_fd.as_fd()];
+            send(&connection.fd, &welcome, &fds).map_err(|e| refusal(Refusal::Protocol, format!("welcoming: {e}")))?;
+        }
+        let role = match hello.role {
+            Role::Scheduler => format!("scheduler of engine {:016x}", token.0),
+            Role::Worker => format!("worker {} of engine {:016x}", hello.part.unwrap_or(0), token.0),
+            Role::Tool => "tool".into(),
+        };
+        tracing::debug!("session {id}: pid {}, {role}", hello.pid);
+        Ok(())
+    }
+
+    fn welcome_message(&self, session: SessionId, token: EngineToken) -> Result<Welcome, Refused> {
+        let table = &self.start.segment.table;
+        let header = table.header().ok_or_else(|| refusal(Refusal::Protocol, "the segment's header is unreadable"))?;
+        let geometry = table.layout().geometry;
+        Ok(Welcome {
+            session: session.0,
+            server_epoch: header.server_epoch,
+            server_version: env!("CARGO_PKG_VERSION").into(),
+            engine_token: token.0,
+            segment_id: kvmp_core::segment::SegmentId(header.segment_id).to_string(),
+            geometry: Geometries { chunk_bytes: geometry.chunk_bytes, chunks: geometry.chunks },
+            keys_max: LOOKUP_MAX,
+            features: Vec::new(),
+        })
+    }
+
+    fn close(&mut self, id: u64, why: &str) {
+        if let Some(connection) = self.connections.remove(&id) {
+            if let Some(session) = connection.session {
+                tracing::debug!("session {id} ends: {why}");
+                self.start.plane.send(Command::Detach { session });
+            } else {
+                tracing::info!("a connection ends before its hello: {why}");
+            }
+        }
+    }
+}
+
+fn refuse(fd: BorrowedFd<'_>, refused: &Refused) {
+    let message = ServerMessage::Refused { refusal: refused.refusal, message: refused.message.clone() };
+    let _ = send(fd, &message, &[]);
+}

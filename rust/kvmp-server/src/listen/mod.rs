@@ -1,0 +1,9 @@
+//! The control plane: sockets, Hello and Welcome, `open` and `join`, hang-ups. Never on the data path.
+
+mod control;
+mod socket;
+mod tcp;
+
+pub(crate) use control::{Control, ControlStart};
+pub(crate) use socket::BoundSocket;
+pub(crate) use tcp::Rendezvous;

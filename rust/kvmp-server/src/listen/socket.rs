@@ -1,0 +1,124 @@
+//! The unix socket: its folder, its binding under a temporary name, its end.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use crate::error::{Context, ServerError};
+
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 1024;
+
+/// A listening `SOCK_SEQPACKET` socket of mode 0600, under its name until dropped.
+#[derive(Debug)]
+pub(crate) struct BoundSocket {
+    pub fd: OwnedFd,
+    path: PathBuf,
+    inode: (u64, u64),
+}
+
+fn refuse(path: &Path, why: impl Into<String>) -> ServerError {
+    ServerError::Socket { path: path.to_owned(), why: why.into() }
+}
+
+/// The folder, made with mode 0700 if it is missing; another user's folder is refused.
+fn folder(path: &Path) -> Result<PathBuf, ServerError> {
+    let dir = match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir.to_owned(),
+        _ => PathBuf::from("."),
+    };
+    if !dir.exists() {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).doing(|| format!("making {}", dir.display()))?;
+    }
+    let meta = fs::symlink_metadata(&dir).doing(|| format!("asking for {}", dir.display()))?;
+    let own = rustix::process::geteuid().as_raw();
+    if dir.starts_with("/tmp/")
+        && dir.file_name().is_some_and(|n| n.to_string_lossy() == format!("kvmp-{own}"))
+        && meta.uid() != own
+    {
+        return Err(refuse(
+            &dir,
+            format!("belongs to uid {}, not to {own}; remove it or take another --socket", meta.uid()),
+        ));
+    }
+    Ok(dir)
+}
+
+impl BoundSocket {
+    /// Binds under a temporary name, then renames: a client finds either the old server's socket or this one.
+    pub fn bind(path: &Path) -> Result<Self, ServerError> {
+        let dir = folder(path)?;
+        let dir = fs::canonicalize(&dir).doing(|| format!("finding {}", dir.display()))?;
+        let name = path.file_name().ok_or_else(|| refuse(path, "is no file name"))?.to_string_lossy().into_owned();
+        let path = dir.join(&name);
+        let temporary = dir.join(format!(".{}.{name}", std::process::id()));
+        let address = SocketAddrUnix::new(&temporary).map_err(|_| {
+            refuse(
+                &path,
+                format!(
+                    "is too long for a unix socket ({} bytes, about 100 fit); take a shorter --socket",
+                    path.as_os_str().len()
+                ),
+            )
+        })?;
+        let what = || format!("binding {}", path.display());
+        let fd = rustix::net::socket_with(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+            None,
+        )
+        .doing(what)?;
+        let _ = fs::remove_file(&temporary);
+        rustix::net::bind(&fd, &address).doing(what)?;
+        let bound = fs::set_permissions(&temporary, fs::Permissions::from_mode(0o600))
+            .and_then(|()| rustix::net::listen(&fd, BACKLOG).map_err(Into::into))
+            .and_then(|()| fs::rename(&temporary, &path))
+            .and_then(|()| fs::symlink_metadata(&path));
+        let meta = bound.inspect_err(|_| drop(fs::remove_file(&temporary))).doing(what)?;
+        Ok(Self { fd, path, inode: (meta.dev(), meta.ino()) })
+    }
+
+    /// Absolute path under which it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for BoundSocket {
+    fn drop(&mut self) {
+        let mine = fs::symlink_metadata(&self.path).is_ok_and(|meta| (meta.dev(), meta.ino()) == self.inode);
+        if mine {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_later_server_takes_the_name_and_the_first_leaves_it_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sub/x.sock");
+        let first = BoundSocket::bind(&path).unwrap();
+        assert_eq!(fs::metadata(dir.path().join("sub")).unwrap().mode() & 0o777, 0o700);
+        assert_eq!(fs::symlink_metadata(&path).unwrap().mode() & 0o777, 0o600);
+        let second = BoundSocket::bind(&path).unwrap();
+        drop(first);
+        assert!(path.exists());
+        drop(second);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_path_that_is_too_long_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = BoundSocket::bind(&dir.path().join("x".repeat(120))).unwrap_err().to_string();
+        assert!(error.contains("too long"), "{error}");
+    }
+}

@@ -1,0 +1,126 @@
+//! The TCP rendezvous: answers "where is the unix socket?", and nothing else.
+
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use kvmp_core::wire::{ClientMessage, FRAME_BYTES, Frame, FrameError, Located, Refusal, ServerMessage};
+
+use crate::config::ServerConfig;
+use crate::error::ServerError;
+
+/// How long a caller may take over its one question.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// How often the thread looks whether it should stop.
+const GLANCE: Duration = Duration::from_millis(50);
+
+/// The thread that answers.
+#[derive(Debug)]
+pub(crate) struct Rendezvous {
+    pub address: SocketAddr,
+    stop: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Rendezvous {
+    /// Starts it as configured. A taken port is an error only where the port was asked for.
+    pub fn start(config: &ServerConfig, socket: &Path) -> Result<Option<Self>, ServerError> {
+        let Some(address) = config.tcp else { return Ok(None) };
+        match Self::serve(address, socket) {
+            Ok(this) => Ok(Some(this)),
+            Err(e) if config.tcp_required => Err(ServerError::Tcp { address: address.to_string(), why: e.to_string() }),
+            Err(e) => {
+                tracing::warn!("tcp {address}: {e}; serving on the unix socket only (name another port with --tcp)");
+                Ok(None)
+            }
+        }
+    }
+
+    fn serve(address: SocketAddr, socket: &Path) -> io::Result<Self> {
+        let listener = TcpListener::bind(address)?;
+        let address = listener.local_addr()?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let located = ServerMessage::Located(Located { socket: socket.to_string_lossy().into_owned() });
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::Builder::new().name("kvmp-tcp".into()).spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                if wait_readable(&listener)
+                    && let Ok((stream, _)) = listener.accept()
+                {
+                    // A caller that hangs up or stalls has had its chance.
+                    let _ = answer(stream, &located);
+                }
+            }
+        })?;
+        Ok(Self { address, stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for Rendezvous {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn wait_readable(listener: &TcpListener) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let glance = Timespec { tv_sec: 0, tv_nsec: GLANCE.as_nanos() as _ };
+    poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&glance)).is_ok_and(|ready| ready > 0)
+}
+
+fn answer(mut stream: TcpStream, located: &ServerMessage) -> io::Result<()> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let reply = match question(&mut stream)? {
+        Ok(ClientMessage::Locate) => located.clone(),
+        Ok(_) => refused(Refusal::Protocol, "over TCP only the socket's path is told; use the unix socket"),
+        Err(e @ FrameError::Version { .. }) => refused(Refusal::Version, &e.to_string()),
+        Err(e) => refused(Refusal::Protocol, &e.to_string()),
+    };
+    stream.write_all(&Frame::encode(&reply).map_err(io::Error::other)?)
+}
+
+fn refused(refusal: Refusal, message: &str) -> ServerMessage {
+    ServerMessage::Refused { refusal, message: message.into() }
+}
+
+fn question(stream: &mut TcpStream) -> io::Result<Result<ClientMessage, FrameError>> {
+    let mut bytes = vec![0; FRAME_BYTES];
+    stream.read_exact(&mut bytes)?;
+    let frame = match Frame::parse(&bytes) {
+        Ok(frame) => frame,
+        Err(e) => return Ok(Err(e)),
+    };
+    bytes.resize(FRAME_BYTES + frame.body_bytes as usize, 0);
+    stream.read_exact(&mut bytes[FRAME_BYTES..])?;
+    Ok(Frame::decode(&bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ask(address: SocketAddr, bytes: &[u8]) -> Result<ServerMessage, FrameError> {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.write_all(bytes).unwrap();
+        let mut reply = Vec::new();
+        stream.read_to_end(&mut reply).unwrap();
+        Frame::decode(&reply)
+    }
+
+    #[test]
+    fn it_tells_the_path_and_shrugs_off_rubbish() {
+        let rendezvous = Rendezvous::serve("127.0.0.1:0".parse().unwrap(), Path::new("/x/y.sock")).unwrap();
+        assert!(matches!(ask(rendezvous.address, &[b'G'; 64]), Ok(ServerMessage::Refused { .. })));
+        let hung_up = TcpStream::connect(rendezvous.address).unwrap();
+        drop(hung_up);
+        let located = ask(rendezvous.address, &Frame::encode(&ClientMessage::Locate).unwrap()).unwrap();
+        assert_eq!(located, ServerMessage::Located(Located { socket: "/x/y.sock".into() }));
+    }
+}

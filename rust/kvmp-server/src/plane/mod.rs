@@ -1,0 +1,16 @@
+//! The data-plane thread: the one owner of the block store.
+//!
+//! Sessions reach it through their rings, the control and the backing thread through a channel. It works
+//! in slices of at most 1,024 keys, round robin over sessions, and makes no call that a client can block.
+
+mod command;
+mod engines;
+mod namespaces;
+mod run;
+mod serve;
+mod session;
+mod stats;
+
+pub(crate) use command::{Attach, Command, PlaneHandle, Refused, SessionId};
+pub(crate) use namespaces::Namespaces;
+pub(crate) use run::{Plane, PlaneStart};

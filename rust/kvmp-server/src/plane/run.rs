@@ -1,0 +1,435 @@
+//! The loop: commands, sessions in turn, sleep.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::{Duration, Instant};
+
+use kvmp_core::clock::Ticks;
+use kvmp_core::ids::{EngineToken, NamespaceId, PartId};
+use kvmp_core::namespace::NamespaceSpec;
+use kvmp_core::ring::Parking;
+use kvmp_core::store::BlockStore;
+use kvmp_core::wire::{Hello, Opened, Refusal, Role};
+use rustix::event::{Timespec, epoll};
+
+use super::command::{Attach, Command, Refused, SessionId};
+use super::engines::{DMA_GRACE, Engines, Gone};
+use super::namespaces::Namespaces;
+use super::session::{Session, SessionFault, Turns};
+use super::stats::Counters;
+use crate::segment::{HolderLocks, SegmentFile, SegmentTable, boot_clock_ns};
+
+/// Spinning before sleep, where there are cores to spare for it.
+const SPIN: Duration = Duration::from_micros(2);
+/// Fewer cores than this, and the thread never spins.
+const SPIN_CORES: usize = 4;
+/// How often entries of ended sessions are looked at: quickly at first, for those that take long more seldom.
+const WATCH: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(100));
+/// How often expired read leases are looked for.
+const EXPIRE: Duration = Duration::from_secs(1);
+
+/// What the thread starts with.
+pub(crate) struct PlaneStart {
+    pub segment: Arc<SegmentFile>,
+    pub store: BlockStore<SegmentTable>,
+    pub namespaces: Namespaces,
+    pub holders: HolderLocks,
+    /// Holder entries held at start-up: while any is, recovered Writing slots are quarantined.
+    pub held_before: Vec<u32>,
+    /// Whether recovery found any.
+    pub quarantined: bool,
+    pub commands: Receiver<Command>,
+    pub bell: Arc<OwnedFd>,
+    pub policy: String,
+}
+
+/// The data-plane thread's state.
+pub(crate) struct Plane {
+    pub(super) store: BlockStore<SegmentTable>,
+    pub(super) segment: Arc<SegmentFile>,
+    pub(super) namespaces: Namespaces,
+    pub(super) sessions: HashMap<SessionId, Session>,
+    pub(super) engines: Engines,
+    pub(super) counters: Counters,
+    pub(super) policy: String,
+    holders: HolderLocks,
+    holder_of: HashMap<SessionId, u32>,
+    held_before: Vec<u32>,
+    /// Recovered Writing slots are held back: since when nobody holds an entry of before.
+    quarantine: Quarantine,
+    turns: Turns,
+    commands: Receiver<Command>,
+    epoll: OwnedFd,
+    made_ns: u64,
+    tokens: u64,
+    spin: Duration,
+    watched_since: Option<Instant>,
+    next_watch: Instant,
+    next_expire: Instant,
+    stopping: bool,
+}
+
+/// Recovered Writing slots: `Held -> Grace -> Over`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Quarantine {
+    /// A client of the last server may still be storing.
+    Held,
+    /// None can; but DMA of one that died just now may still land.
+    Grace(Instant),
+    /// They were given back.
+    Over,
+}
+
+fn refused(refusal: Refusal, message: impl Into<String>) -> Refused {
+    Refused { refusal, message: message.into() }
+}
+
+impl Plane {
+    pub fn new(start: PlaneStart) -> std::io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        // Edge-triggered and never read: a bell wakes the thread once, and its counter blocks nobody.
+        epoll::add(&epoll, &start.bell, epoll::EventData::new_u64(0), epoll::EventFlags::IN | epoll::EventFlags::ET)?;
+        let header = start.segment.table.header();
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let now = Instant::now();
+        Ok(Self {
+            store: start.store,
+            namespaces: start.namespaces,
+            sessions: HashMap::new(),
+            engines: Engines::default(),
+            counters: Counters::new(now),
+            policy: start.policy,
+            holders: start.holders,
+            holder_of: HashMap::new(),
+            held_before: start.held_before,
+            quarantine: if start.quarantined { Quarantine::Held } else { Quarantine::Over },
+            turns: Turns::new(),
+            commands: start.commands,
+            epoll,
+            made_ns: header.map_or(0, |h| h.made_ns),
+            tokens: header.map_or(1, |h| h.server_epoch),
+            spin: if cores >= SPIN_CORES { SPIN } else { Duration::ZERO },
+            watched_since: None,
+            next_watch: now,
+            next_expire: now + EXPIRE,
+            stopping: false,
+            segment: start.segment,
+        })
+    }
+
+    /// Serves until told to stop.
+    pub fn run(mut self) {
+        while !self.stopping {
+            let commanded = self.obey();
+            let served = self.round();
+            self.watch();
+            if !(commanded || served || self.spin()) {
+                self.sleep();
+            }
+        }
+    }
+
+    /// Boot-time clock in 1/16 s since the file was made.
+    pub(super) fn now(&self) -> Ticks {
+        let ns = boot_clock_ns().saturating_sub(self.made_ns);
+        Ticks((u128::from(ns) * u128::from(Ticks::PER_SECOND) / 1_000_000_000) as u64)
+    }
+
+    /// Gives each session one slice.
+    fn round(&mut self) -> bool {
+        let mut served = false;
+        for _ in 0..self.turns.len() {
+            let Some(id) = self.turns.pop_front() else { break };
+            let Some(mut session) = self.sessions.remove(&id) else { continue };
+            match self.slice(&mut session) {
+                Ok(busy) => {
+                    served |= busy;
+                    session.announce();
+                    self.sessions.insert(id, session);
+                    self.turns.push_back(id);
+                }
+                Err(fault) => self.fault(session, &fault),
+            }
+        }
+        served
+    }
+
+    fn fault(&mut self, session: Session, fault: &SessionFault) {
+        tracing::warn!("session {} is ended: {fault}", session.id.0);
+        self.counters.protocol_errors += 1;
+        self.end(session);
+    }
+
+    fn ready(&mut self) -> bool {
+        self.sessions.values_mut().any(Session::is_ready)
+    }
+
+    fn spin(&mut self) -> bool {
+        let until = Instant::now() + self.spin;
+        while Instant::now() < until {
+            if self.ready() {
+                return true;
+            }
+            std::hint::spin_loop();
+        }
+        false
+    }
+
+    fn sleep(&mut self) {
+        let segment = Arc::clone(&self.segment);
+        let parking = Parking(segment.table.parked());
+        parking.announce();
+        if !self.ready() {
+            let timeout =
+                self.timeout().map(|d| Timespec { tv_sec: d.as_secs() as i64, tv_nsec: i64::from(d.subsec_nanos()) });
+            let mut events =
+                [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 16];
+            // EINTR is a wake-up like any other.
+            let _ = epoll::wait(&self.epoll, &mut events, timeout.as_ref());
+        }
+        parking.withdraw();
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        let now = Instant::now();
+        let watch = self.watching().then_some(self.next_watch);
+        let expire = (self.store.stats().read_leases > 0).then_some(self.next_expire);
+        [watch, expire].into_iter().flatten().min().map(|at| at.saturating_duration_since(now))
+    }
+
+    /// Whatever depends on time: entries of ended sessions, expired leases.
+    fn watch(&mut self) {
+        let now = Instant::now();
+        if now >= self.next_expire {
+            self.next_expire = now + EXPIRE;
+            let ticks = self.now();
+            self.store.expire(ticks);
+        }
+        if !self.watching() {
+            self.watched_since = None;
+        } else if now >= self.next_watch {
+            let since = *self.watched_since.get_or_insert(now);
+            self.next_watch = now + if now.duration_since(since) < Duration::from_secs(2) { WATCH.0 } else { WATCH.1 };
+            self.settle(now);
+        }
+    }
+
+    fn settle(&mut self, now: Instant) {
+        let holders = &self.holders;
+        for gone in self.engines.settle(now, |holder| holders.is_free(holder)) {
+            match gone {
+                Gone::Part(engine, part) => self.store.part_writer_gone(engine, part),
+                Gone::Unjoined(engine) => self.close_unjoined(engine),
+                Gone::Engine(engine) => {
+                    self.store.engine_gone(engine);
+                    tracing::debug!("engine {:016x} is gone", engine.0);
+                }
+            }
+        }
+        self.settle_before(now);
+    }
+
+    fn close_unjoined(&mut self, engine: EngineToken) {
+        for part in (0..self.namespaces.most_parts()).map(PartId) {
+            if !self.engines.has_joined(engine, part) {
+                self.store.part_writer_gone(engine, part);
+            }
+        }
+    }
+
+    /// Slots that were Writing when the last server died come back when none of its clients can still be storing.
+    fn settle_before(&mut self, now: Instant) {
+        let holders = &self.holders;
+        self.held_before.retain(|&holder| !holders.is_free(holder));
+        self.quarantine = match self.quarantine {
+            Quarantine::Held if self.held_before.is_empty() => Quarantine::Grace(now),
+            Quarantine::Grace(since) if now.duration_since(since) >= DMA_GRACE => {
+                let slots = self.store.quarantine_release();
+                tracing::info!("the last clients of the server before are gone: {slots} slots are free again");
+                Quarantine::Over
+            }
+            same => same,
+        };
+    }
+
+    fn watching(&self) -> bool {
+        self.engines.watching() || self.quarantine != Quarantine::Over
+    }
+
+    fn obey(&mut self) -> bool {
+        let mut any = false;
+        loop {
+            match self.commands.try_recv() {
+                Ok(command) => self.execute(command),
+                Err(TryRecvError::Empty) => return any,
+                Err(TryRecvError::Disconnected) => {
+                    self.stopping = true;
+                    return true;
+                }
+            }
+            any = true;
+        }
+    }
+
+    fn execute(&mut self, command: Command) {
+        match command {
+            Command::Attach { attach, reply } => drop(reply.send(self.attach(*attach))),
+            Command::Detach { session } => {
+                if let Some(session) = self.sessions.remove(&session) {
+                    self.end(session);
+                }
+            }
+            Command::Open { session, spec, reply } => drop(reply.send(self.open(session, *spec))),
+            Command::Join { session, namespace, digest, layout, reply } => {
+                drop(reply.send(self.join(session, NamespaceId(namespace), &digest, &layout)));
+            }
+            Command::ChunkBacked(chunk) => self.store.chunk_backed(chunk),
+            Command::BackingEnded => self.store.backing_ended(),
+            Command::Stop => self.stopping = true,
+        }
+    }
+
+    fn mint(&mut self) -> EngineToken {
+        // Weyl sequence from a random start: no token comes twice, and none of an earlier epoch's is likely.
+        self.tokens = self.tokens.wrapping_add(0x9e37_79b9_7f4a_7c15).max(1);
+        EngineToken(self.tokens)
+    }
+
+    fn engine_of(&mut self, hello: &Hello, holder: u32) -> Result<EngineToken, Refused> {
+        match (hello.role, hello.engine_token, hello.part) {
+            (Role::Tool, ..) => Ok(EngineToken(0)),
+            (Role::Scheduler, ..) => {
+                let token = self.mint();
+                self.engines.add(token, holder, hello.dma);
+                Ok(token)
+            }
+            (Role::Worker, Some(token), Some(part)) => {
+                let token = EngineToken(token);
+                if self.engines.join(token, PartId(part), holder, hello.dma) {
+                    return Ok(token);
+                }
+                let why = if self.engines.contains(token) {
+                    "its scheduler has gone"
+                } else {
+                    "this server does not know it"
+                };
+                Err(refused(Refusal::Engine, format!("engine {:016x} cannot be joined: {why}", token.0)))
+            }
+            (Role::Worker, ..) => Err(refused(Refusal::Protocol, "a worker's hello needs engine_token and part")),
+        }
+    }
+
+    fn attach(&mut self, attach: Attach) -> Result<EngineToken, Refused> {
+        let (id, holder) = (attach.session, attach.holder);
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        epoll::add(&self.epoll, &attach.doorbell, epoll::EventData::new_u64(id.0), flags)
+            .map_err(|e| refused(Refusal::Full, format!("the doorbell cannot be watched: {e}")))?;
+        let token = self.engine_of(&attach.hello, holder)?;
+        self.sessions.insert(id, Session::new(attach, token));
+        self.holder_of.insert(id, holder);
+        self.turns.push_back(id);
+        Ok(token)
+    }
+
+    /// Ends a session: its reads at once, its writes when its holder entry says so.
+    fn end(&mut self, mut session: Session) {
+        if let Some(running) = session.running.take() {
+            running.abandon(&mut self.store, session.engine);
+        }
+        let _ = epoll::delete(&self.epoll, &session.doorbell);
+        self.turns.retain(|&id| id != session.id);
+        if session.role == Role::Scheduler {
+            self.store.reads_gone(session.engine);
+        }
+        if let Some(holder) = self.holder_of.remove(&session.id) {
+            self.engines.ended(session.engine, holder);
+            self.next_watch = Instant::now();
+            self.watched_since = None;
+        }
+    }
+
+    fn open(&mut self, session: SessionId, spec: NamespaceSpec) -> Result<Box<Opened>, Refused> {
+        spec.check().map_err(|e| refused(Refusal::Namespace, e.to_string()))?;
+        match self.sessions.get(&session).map(|s| s.role) {
+            Some(Role::Scheduler) => {}
+            Some(_) => return Err(refused(Refusal::Namespace, "only a scheduler opens namespaces")),
+            None => return Err(refused(Refusal::Protocol, "the session was ended")),
+        }
+        let id = match self.namespaces.find(&spec.digest()) {
+            Some(id) => id,
+            None => self.open_new(session, spec)?,
+        };
+        self.opened(session, id)
+    }
+
+    fn open_new(&mut self, session: SessionId, spec: NamespaceSpec) -> Result<NamespaceId, Refused> {
+        if let Some((other, differences)) = self.namespaces.nearest(&spec) {
+            tracing::info!(
+                "session {}: shares nothing with namespace {} of the same model, which differs in {}",
+                session.0,
+                other.0,
+                differences.join("; ")
+            );
+        }
+        let (store, sessions) = (&self.store, &self.sessions);
+        let unused =
+            |id: NamespaceId| store.slots_of(id) == 0 && !sessions.values().any(|s| s.namespaces.contains(&id.0));
+        let id = self.namespaces.free_id(unused)?;
+        if self.namespaces.spec(id).is_some() {
+            self.namespaces.remove(id);
+            self.store.remove_namespace(id).map_err(|e| refused(Refusal::Namespace, e.to_string()))?;
+        }
+        self.store.add_namespace(id, &spec).map_err(|e| refused(Refusal::Namespace, e.to_string()))?;
+        if let Err(e) = self.namespaces.insert(id, Arc::new(spec)) {
+            // It was added a line ago and has no slots.
+            let _ = self.store.remove_namespace(id);
+            return Err(e);
+        }
+        Ok(id)
+    }
+
+    fn opened(&mut self, session: SessionId, id: NamespaceId) -> Result<Box<Opened>, Refused> {
+        let missing = || refused(Refusal::Namespace, format!("there is no namespace {}", id.0));
+        let spec = self.namespaces.spec(id).ok_or_else(missing)?;
+        let digest = self.namespaces.digest(id).ok_or_else(missing)?;
+        if let Some(session) = self.sessions.get_mut(&session) {
+            session.namespaces.insert(id.0);
+        }
+        Ok(Box::new(Opened { namespace: id.0, digest, spec: (*spec).clone() }))
+    }
+
+    fn join(
+        &mut self,
+        session: SessionId,
+        id: NamespaceId,
+        digest: &str,
+        layout: &serde_json::Value,
+    ) -> Result<Box<Opened>, Refused> {
+        let no = |why: String| refused(Refusal::Namespace, why);
+        let part = self
+            .sessions
+            .get(&session)
+            .and_then(|s| s.part)
+            .ok_or_else(|| no("only a worker joins a namespace".into()))?;
+        let spec = self.namespaces.spec(id).ok_or_else(|| no(format!("there is no namespace {}", id.0)))?;
+        if self.namespaces.digest(id).as_deref() != Some(digest) {
+            return Err(no(format!(
+                "namespace {} has another digest than the worker's scheduler says ({digest})",
+                id.0
+            )));
+        }
+        let own = spec
+            .parts
+            .get(usize::from(part.0))
+            .ok_or_else(|| no(format!("namespace {} has no part {}", id.0, part.0)))?;
+        if own.layout != *layout {
+            return Err(no(format!(
+                "part {} of namespace {} has layout {}, the worker's is {layout}",
+                part.0, id.0, own.layout
+            )));
+        }
+        self.opened(session, id)
+    }
+}

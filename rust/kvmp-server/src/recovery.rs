@@ -1,0 +1,64 @@
+//! Rebuilds the store from an existing segment; a new one gives an empty store by the same path.
+
+use kvmp_core::ids::{ChunkId, SlotId};
+use kvmp_core::policy::PolicyFactory;
+use kvmp_core::segment::{ChunkWord, TableMap};
+use kvmp_core::slot::SlotState;
+use kvmp_core::store::{BlockStore, FoundRecord, Recovered, StoreConfig};
+
+use crate::plane::Namespaces;
+use crate::segment::{SegmentFile, SegmentTable};
+
+/// What recovery leaves for the start to go on with.
+pub(crate) struct Recovery {
+    pub store: BlockStore<SegmentTable>,
+    /// Chunks that have no memory yet.
+    pub cold: Vec<ChunkId>,
+    pub report: Recovered,
+}
+
+/// Reads chunk words and records and hands them to a new store.
+pub(crate) fn recover(segment: &SegmentFile, namespaces: &mut Namespaces, policy: PolicyFactory) -> Recovery {
+    let table = &segment.table;
+    let geometry = table.layout().geometry;
+    let mut store = BlockStore::new(StoreConfig::new(geometry), SegmentTable::new(table.clone()), policy);
+    for (id, spec) in namespaces.recover() {
+        if let Err(e) = store.add_namespace(id, &spec) {
+            tracing::warn!("namespace {} is dropped: {e}", id.0);
+            namespaces.remove(id);
+        }
+    }
+    let mut cold = Vec::new();
+    for chunk in (0..geometry.chunks).map(ChunkId) {
+        match table.chunk(chunk) {
+            Some(ChunkWord::Cold) => cold.push(chunk),
+            Some(ChunkWord::Free) => store.chunk_backed(chunk),
+            Some(ChunkWord::Assigned(pages) | ChunkWord::Draining(pages)) => {
+                if let Err(e) = store.recover_chunk(chunk, pages, &records(table, chunk, pages)) {
+                    // Not handed out: its slots may still be written by whoever thinks otherwise.
+                    tracing::warn!("{e}; the chunk is left out");
+                }
+            }
+            None => tracing::warn!("chunk {} has a word that means nothing; it is left out", chunk.0),
+        }
+    }
+    let report = store.recover_finish();
+    Recovery { store, cold, report }
+}
+
+fn records(table: &TableMap, chunk: ChunkId, pages: u32) -> Vec<FoundRecord> {
+    let geometry = table.layout().geometry;
+    let slots = (0..geometry.slots_per_chunk(pages)).map(|index| geometry.slot(chunk, index));
+    slots.filter_map(|slot| found(table, slot)).collect()
+}
+
+fn found(table: &TableMap, slot: SlotId) -> Option<FoundRecord> {
+    let record = table.record(slot)?.read();
+    let free = record.word.state() == Ok(SlotState::Free);
+    (!free).then(|| FoundRecord {
+        slot,
+        word: record.word,
+        identity: record.whole.then_some(record.identity),
+        touched: record.touched,
+    })
+}

@@ -1,0 +1,168 @@
+//! Makes Cold chunks Free in the background: room is checked first (an allocation past a cgroup's limit kills, it
+//! does not fail), then records and chunk get their memory, then their pages are zeroed through a passing mapping.
+
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use kvmp_core::ids::ChunkId;
+use kvmp_core::segment::{Access, Layout, Mapping};
+use rustix::fs::FallocateFlags;
+use rustix::mm::Advice;
+
+use crate::limits::{Bound, Sources, bounds, tightest_free};
+
+/// Memory is taken and zeroed in steps of this many bytes, so that a stop is noticed soon.
+const STEP: u64 = 16 << 20;
+/// Left free for everything else on the machine, beside what is being taken.
+const RESERVE: u64 = 64 << 20;
+
+/// How the growth ended.
+#[derive(Debug)]
+pub enum Ended {
+    /// Every chunk has its memory.
+    Complete,
+    /// The server stops.
+    Stopped,
+    /// There is no room for another chunk.
+    NoRoom(Bound),
+    /// The kernel refused.
+    Failed(io::Error),
+}
+
+/// One run of the backing thread.
+pub struct Backing<'a> {
+    /// The segment, open for reading and writing.
+    pub file: &'a File,
+    /// Its offsets.
+    pub layout: Layout,
+    /// Folder it lies in.
+    pub arena_dir: PathBuf,
+    /// Where limits are read.
+    pub sources: Sources,
+    /// Set when the server stops.
+    pub stop: &'a AtomicBool,
+}
+
+impl Backing<'_> {
+    /// Backs the chunks in turn and hands each on.
+    pub fn run(&self, cold: impl IntoIterator<Item = ChunkId>, mut ready: impl FnMut(ChunkId)) -> Ended {
+        for chunk in cold {
+            if let Some(bound) = self.lacks_room(self.layout.geometry.chunk_bytes) {
+                return Ended::NoRoom(bound);
+            }
+            match self.back(chunk) {
+                Ok(true) => ready(chunk),
+                Ok(false) => return Ended::Stopped,
+                Err(e) if e.kind() == io::ErrorKind::StorageFull => return self.full(),
+                Err(e) => return Ended::Failed(e),
+            }
+        }
+        Ended::Complete
+    }
+
+    fn full(&self) -> Ended {
+        let all = bounds(&self.arena_dir, &self.sources);
+        tightest_free(&all).cloned().map_or_else(|| Ended::Failed(io::ErrorKind::StorageFull.into()), Ended::NoRoom)
+    }
+
+    /// The bound that leaves no room for `bytes`, if one does.
+    #[must_use]
+    pub fn lacks_room(&self, bytes: u64) -> Option<Bound> {
+        let all = bounds(&self.arena_dir, &self.sources);
+        let bound = tightest_free(&all)?;
+        // A file system of kvmp's own need not keep anything free; memory that others live in must.
+        let reserve = RESERVE.min(bound.total / 16);
+        (bound.free < bytes + reserve).then(|| bound.clone())
+    }
+
+    fn back(&self, chunk: ChunkId) -> io::Result<bool> {
+        let (table, table_bytes) = self.layout.chunk_table(chunk);
+        let (at, bytes) = self.layout.chunk(chunk);
+        Ok(self.take(table, table_bytes)? && self.take(at, bytes)?)
+    }
+
+    /// Gives a range its memory, zeroed; `false` when the server stops.
+    fn take(&self, offset: u64, bytes: u64) -> io::Result<bool> {
+        let mut at = offset;
+        while at < offset + bytes {
+            if self.stop.load(Ordering::Relaxed) {
+                return Ok(false);
+            }
+            let step = STEP.min(offset + bytes - at);
+            rustix::fs::fallocate(self.file, FallocateFlags::empty(), at, step)?;
+            self.zero(at, step)?;
+            at += step;
+        }
+        Ok(true)
+    }
+
+    /// The kernel zeroes a page of tmpfs when it is first touched: now, so that no client pays for it.
+    fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        let from = offset - offset % 4096;
+        let map = Mapping::new(self.file, from, offset + bytes - from, Access::ReadWrite)?;
+        // SAFETY: the range is the whole of a mapping that lives until the end of the call; populating changes no byte.
+        let done = unsafe { rustix::mm::madvise(map.as_ptr().cast(), map.len(), Advice::LinuxPopulateWrite) };
+        match done {
+            // Linux before 5.14 does not know it: then pages are zeroed as they are touched.
+            Err(rustix::io::Errno::INVAL) | Ok(()) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvmp_core::geometry::Geometry;
+    use std::os::unix::fs::MetadataExt;
+
+    fn backing<'a>(file: &'a File, stop: &'a AtomicBool, layout: Layout, sources: Sources) -> Backing<'a> {
+        Backing { file, layout, arena_dir: "/dev/shm".into(), sources, stop }
+    }
+
+    fn segment() -> (File, Layout) {
+        let layout = Layout::new(Geometry::new(8 << 20, None).unwrap());
+        let file = tempfile::tempfile_in("/dev/shm").unwrap();
+        file.set_len(layout.file_bytes()).unwrap();
+        (file, layout)
+    }
+
+    #[test]
+    fn every_chunk_gets_its_memory() {
+        let (file, layout) = segment();
+        let stop = AtomicBool::new(false);
+        let mut ready = Vec::new();
+        let ended = backing(&file, &stop, layout, Sources::default()).run((0..4).map(ChunkId), |c| ready.push(c.0));
+        assert!(matches!(ended, Ended::Complete), "{ended:?}");
+        assert_eq!(ready, [0, 1, 2, 3]);
+        assert!(file.metadata().unwrap().blocks() * 512 >= 8 << 20);
+    }
+
+    #[test]
+    fn a_full_cgroup_ends_the_growth_before_it_kills() {
+        let (file, layout) = segment();
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in
+            [("proc/self/cgroup", "0::/\n"), ("cg/memory.max", "4194304"), ("cg/memory.current", "4000000")]
+        {
+            let path = dir.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        }
+        let sources = Sources { proc: dir.path().join("proc"), cgroup: dir.path().join("cg") };
+        let stop = AtomicBool::new(false);
+        let ended = backing(&file, &stop, layout, sources).run((0..4).map(ChunkId), |_| unreachable!());
+        assert!(matches!(ended, Ended::NoRoom(bound) if bound.what.contains("cgroup")));
+        assert_eq!(file.metadata().unwrap().blocks(), 0);
+    }
+
+    #[test]
+    fn a_stop_is_noticed() {
+        let (file, layout) = segment();
+        let stop = AtomicBool::new(true);
+        let ended = backing(&file, &stop, layout, Sources::default()).run([ChunkId(0)], |_| unreachable!());
+        assert!(matches!(ended, Ended::Stopped));
+    }
+}

@@ -1,0 +1,275 @@
+//! `missing -> made under a temporary name -> locked -> renamed`; or `found -> locked -> recovered`.
+//!
+//! A file is never truncated or re-laid: what does not fit is replaced by a new inode.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use kvmp_core::geometry::Geometry;
+use kvmp_core::segment::{Access, Layout, Mapping, SegmentHeader, SegmentId, TableMap};
+use rustix::fs::{FallocateFlags, RenameFlags};
+
+use super::locks::lock_server;
+use crate::config::ServerConfig;
+use crate::error::{Context, ServerError};
+
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+/// Recoveries begun and not finished after which the next start is empty.
+const RECOVERIES_MAX: u64 = 2;
+
+/// What a start found under the name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Found {
+    /// No file: a new one was made.
+    Nothing,
+    /// A file that fits: its blocks can be recovered.
+    Segment,
+    /// A file that does not fit, and why; it was replaced by a new one.
+    Replaced(String),
+}
+
+/// The segment file of a running server: locked on byte 0, its table mapped.
+#[derive(Debug)]
+pub struct SegmentFile {
+    path: PathBuf,
+    file: File,
+    /// Table (header, words, records), mapped for reading and writing.
+    pub table: TableMap,
+    /// What was there before.
+    pub found: Found,
+}
+
+/// Path of the segment of a name.
+fn segment_path(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("{name}.kvmp"))
+}
+
+fn open_rw(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOFOLLOW).open(path)
+}
+
+fn check_memory_fs(dir: &Path) -> Result<(), ServerError> {
+    let stat = rustix::fs::statfs(dir).doing(|| format!("--arena-dir {}", dir.display()))?;
+    if [TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&(stat.f_type as u64)) {
+        Ok(())
+    } else {
+        Err(ServerError::NotMemory { dir: dir.to_owned() })
+    }
+}
+
+fn boot_id() -> Result<[u8; 16], ServerError> {
+    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").doing(|| "reading the kernel's boot id".into())?;
+    let hex: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    let id = u128::from_str_radix(&hex, 16).unwrap_or(0);
+    Ok(id.to_be_bytes())
+}
+
+/// Random bytes from the kernel.
+fn random<const N: usize>() -> Result<[u8; N], ServerError> {
+    let mut bytes = [0; N];
+    File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut bytes)).doing(|| "reading /dev/urandom".into())?;
+    Ok(bytes)
+}
+
+/// Nanoseconds since boot, suspend included: no clock jump changes it.
+#[must_use]
+pub fn boot_clock_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+/// Field 22 of `/proc/PID/stat`: start time in clock ticks since boot.
+fn start_time(pid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let behind_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    behind_name.split_whitespace().nth(19).and_then(|field| field.parse().ok()).unwrap_or(0)
+}
+
+fn read_header(file: &File) -> Option<SegmentHeader> {
+    let mut bytes = [0; SegmentHeader::BYTES];
+    file.read_exact_at(&mut bytes, 0).ok()?;
+    SegmentHeader::parse(&bytes).ok()
+}
+
+/// Opens what is under the path and locks it. `None`: nothing there.
+fn lock_existing(path: &Path, name: &str) -> Result<Option<File>, ServerError> {
+    loop {
+        let file = match open_rw(path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other.doing(|| format!("opening {}", path.display()))?,
+        };
+        if !lock_server(&file).doing(|| format!("locking {}", path.display()))? {
+            let pid = read_header(&file).map_or(0, |header| header.server_pid);
+            return Err(ServerError::NameTaken { name: name.to_owned(), pid });
+        }
+        // Replaced between open and lock: then the lock is on a file that nobody will find again.
+        let mine = file.metadata().doing(|| format!("asking for {}", path.display()))?;
+        match fs::symlink_metadata(path) {
+            Ok(now) if (now.dev(), now.ino()) == (mine.dev(), mine.ino()) => return Ok(Some(file)),
+            _ => {}
+        }
+    }
+}
+
+/// Why a locked file cannot be gone on with; `Ok` gives its layout.
+fn fits(file: &File, config: &ServerConfig, wanted: Geometry) -> Result<Layout, String> {
+    if config.fresh {
+        return Err("--fresh was given".into());
+    }
+    let meta = file.metadata().map_err(|e| e.to_string())?;
+    if meta.uid() != rustix::process::geteuid().as_raw() || meta.mode() & 0o077 != 0 {
+        return Err(format!("it belongs to uid {} with mode {:o}", meta.uid(), meta.mode() & 0o777));
+    }
+    let header = read_header(file).ok_or("it has no kvmp header")?;
+    let layout = header.check(meta.len(), boot_id().map_err(|e| e.to_string())?).map_err(|e| e.to_string())?;
+    if layout.geometry != wanted {
+        return Err(format!(
+            "it has {} chunks of {}, wanted are {} of {}",
+            layout.geometry.chunks,
+            crate::size::Bytes(layout.geometry.chunk_bytes),
+            wanted.chunks,
+            crate::size::Bytes(wanted.chunk_bytes)
+        ));
+    }
+    if header.recoveries_begun >= RECOVERIES_MAX {
+        return Err(format!("{} recoveries in a row did not finish", header.recoveries_begun));
+    }
+    Ok(layout)
+}
+
+impl SegmentFile {
+    /// Finds or makes the segment of a configuration, locks it and maps its table.
+    pub fn open(config: &ServerConfig, geometry: Geometry) -> Result<Self, ServerError> {
+        check_memory_fs(&config.arena_dir)?;
+        let path = segment_path(&config.arena_dir, &config.name);
+        loop {
+            let existing = lock_existing(&path, &config.name)?;
+            let found = match &existing {
+                None => Found::Nothing,
+                Some(file) => match fits(file, config, geometry) {
+                    Ok(_) => Found::Segment,
+                    Err(why) => Found::Replaced(why),
+                },
+            };
+            let file = match (existing, &found) {
+                (Some(file), Found::Segment) => file,
+                // The old file's lock is held until the new one has its name: nobody can take the name in between.
+                (old, _) => match make(&path, geometry, old.is_some())? {
+                    Some(file) => file,
+                    None => continue,
+                },
+            };
+            return Self::take_over(path, file, geometry, found);
+        }
+    }
+
+    fn take_over(path: PathBuf, file: File, geometry: Geometry, found: Found) -> Result<Self, ServerError> {
+        let layout = Layout::new(geometry);
+        let map = Mapping::new(&file, 0, layout.table_bytes(), Access::ReadWrite)
+            .doing(|| format!("mapping {}", path.display()))?;
+        let table = TableMap::new(map, layout);
+        let mut header = table
+            .header()
+            .ok_or_else(|| ServerError::Socket { path: path.clone(), why: "its header went away".into() })?;
+        header.server_epoch = u64::from_le_bytes(random::<8>()?) >> 1 | 1;
+        header.server_pid = u64::from(std::process::id());
+        header.server_start = start_time(std::process::id());
+        header.recoveries_begun += 1;
+        table.set_header(&header);
+        Ok(Self { path, file, table, found })
+    }
+
+    /// Notes that recovery went through.
+    pub fn recovered(&self) {
+        if let Some(mut header) = self.table.header() {
+            header.recoveries_begun = 0;
+            self.table.set_header(&header);
+        }
+    }
+
+    /// Path of the file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The server's own descriptor.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// A new open file description of this very inode, also when the name has gone.
+    pub fn reopen(&self, write: bool) -> io::Result<OwnedFd> {
+        use std::os::fd::AsRawFd;
+        let own = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        Ok(OpenOptions::new().read(true).write(write).open(own)?.into())
+    }
+
+    /// Bytes of memory the file takes.
+    #[must_use]
+    pub fn resident_bytes(&self) -> u64 {
+        self.file.metadata().map_or(0, |meta| meta.blocks() * 512)
+    }
+
+    /// Unlinks the file, if the name still means this inode.
+    pub fn unlink(&self) {
+        let same = fs::symlink_metadata(&self.path).ok().zip(self.file.metadata().ok());
+        if same.is_some_and(|(a, b)| (a.dev(), a.ino()) == (b.dev(), b.ino())) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Makes a new file and gives it its name. `None`: someone else was faster.
+fn make(path: &Path, geometry: Geometry, replace: bool) -> Result<Option<File>, ServerError> {
+    let layout = Layout::new(geometry);
+    let temporary = path.with_extension(format!("kvmp.{}", std::process::id()));
+    let _ = fs::remove_file(&temporary);
+    let made = fill_new(&temporary, &layout).and_then(|file| {
+        if !lock_server(&file).doing(|| format!("locking {}", temporary.display()))? {
+            return Ok(None);
+        }
+        let flags = if replace { RenameFlags::empty() } else { RenameFlags::NOREPLACE };
+        let at = rustix::fs::CWD;
+        match rustix::fs::renameat_with(at, &temporary, at, path, flags) {
+            Ok(()) => Ok(Some(file)),
+            Err(rustix::io::Errno::EXIST) => Ok(None),
+            Err(e) => Err(e).doing(|| format!("naming {}", path.display())),
+        }
+    });
+    if !matches!(made, Ok(Some(_))) {
+        let _ = fs::remove_file(&temporary);
+    }
+    made
+}
+
+fn fill_new(path: &Path, layout: &Layout) -> Result<File, ServerError> {
+    use zerocopy::IntoBytes;
+    let what = || format!("making {}", path.display());
+    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path).doing(what)?;
+    file.set_len(layout.file_bytes()).doing(what)?;
+    for (offset, len) in layout.always_backed() {
+        rustix::fs::fallocate(&file, FallocateFlags::empty(), offset, len).doing(what)?;
+    }
+    let header = SegmentHeader::new(layout, SegmentId(random()?), boot_id()?, boot_clock_ns());
+    file.write_all_at(header.as_bytes(), 0).doing(what)?;
+    Ok(file)
+}
+
+/// Removes the segment file of a name (`kvmp rm`); refused while a server has it. Gives the bytes it took.
+pub fn remove(dir: &Path, name: &str) -> Result<u64, ServerError> {
+    let path = segment_path(dir, name);
+    match lock_existing(&path, name)? {
+        None => Err(ServerError::Socket { path, why: "there is no such segment".into() }),
+        Some(file) => {
+            let bytes = file.metadata().map_or(0, |meta| meta.blocks() * 512);
+            fs::remove_file(&path).doing(|| format!("removing {}", path.display()))?;
+            Ok(bytes)
+        }
+    }
+}

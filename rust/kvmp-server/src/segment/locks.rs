@@ -1,0 +1,139 @@
+//! OFD locks: byte 0 says which server has the file, a holder entry's byte says that a client may still be storing.
+//!
+//! Never POSIX record locks: those drop when any descriptor of the file is closed.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use kvmp_core::segment::{HOLDER_ENTRY, HOLDERS, holder_offset};
+
+fn flock(kind: libc::c_int, offset: u64, len: u64) -> libc::flock {
+    // SAFETY: `flock` is plain old data; all zeroes is a value of it (and l_pid must be 0 for OFD locks).
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = kind as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    lock.l_start = offset as libc::off_t;
+    lock.l_len = len as libc::off_t;
+    lock
+}
+
+/// Takes a lock without waiting; `false` when someone else's stands against it.
+fn try_lock(file: &impl AsRawFd, kind: libc::c_int, offset: u64) -> io::Result<bool> {
+    let lock = flock(kind, offset, 1);
+    // SAFETY: the descriptor is open for the call, `lock` is a valid flock that the kernel only reads.
+    let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
+    if done == 0 {
+        return Ok(true);
+    }
+    match io::Error::last_os_error() {
+        e if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
+        e => Err(e),
+    }
+}
+
+/// Takes the exclusive lock on byte 0: whoever has it is the server.
+pub fn lock_server(file: &File) -> io::Result<bool> {
+    try_lock(file, libc::F_WRLCK, 0)
+}
+
+/// First offset in `[from, from + len)` that someone else has locked.
+fn first_locked(file: &File, from: u64, len: u64) -> io::Result<Option<u64>> {
+    let mut lock = flock(libc::F_WRLCK, from, len);
+    // SAFETY: the descriptor is open for the call, `lock` is a valid flock that the kernel reads and writes.
+    let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
+    if done != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((libc::c_int::from(lock.l_type) != libc::F_UNLCK).then_some((lock.l_start as u64).max(from)))
+}
+
+/// Whether nobody else has a byte locked.
+fn byte_is_free(file: &File, offset: u64) -> io::Result<bool> {
+    Ok(first_locked(file, offset, 1)?.is_none())
+}
+
+/// The holder entries, as the server sees them: which it gave out itself, which are locked by whomever.
+#[derive(Debug)]
+pub struct HolderLocks {
+    file: File,
+    next: u32,
+}
+
+impl HolderLocks {
+    /// `file` must be a descriptor of the server's own, open for reading and writing.
+    #[must_use]
+    pub fn new(file: File) -> Self {
+        Self { file, next: 0 }
+    }
+
+    /// Whether the holder of an entry has closed it (or died). An entry that cannot be asked counts as held.
+    #[must_use]
+    pub fn is_free(&self, index: u32) -> bool {
+        byte_is_free(&self.file, holder_offset(index)).unwrap_or(false)
+    }
+
+    /// Entries that are held now.
+    pub fn held(&self) -> io::Result<Vec<u32>> {
+        let end = holder_offset(HOLDERS);
+        let mut held = Vec::new();
+        let mut from = holder_offset(0);
+        while from < end {
+            let Some(at) = first_locked(&self.file, from, end - from)? else { break };
+            held.push(((at - holder_offset(0)) / HOLDER_ENTRY) as u32);
+            from = (at / HOLDER_ENTRY + 1) * HOLDER_ENTRY;
+        }
+        Ok(held)
+    }
+
+    /// Locks a free entry on a fresh open file description, which is what the client gets.
+    pub fn take(&mut self, open: impl FnOnce() -> io::Result<OwnedFd>) -> io::Result<Option<(u32, OwnedFd)>> {
+        let Some(index) = (0..HOLDERS).map(|i| (self.next + i) % HOLDERS).find(|&i| self.is_free(i)) else {
+            return Ok(None);
+        };
+        let fd = open()?;
+        self.next = (index + 1) % HOLDERS;
+        Ok(try_lock(&fd, libc::F_RDLCK, holder_offset(index))?.then_some((index, fd)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::OpenOptions;
+
+    fn files() -> (tempfile::NamedTempFile, impl Fn() -> File) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let path = file.path().to_owned();
+        (file, move || OpenOptions::new().read(true).write(true).open(&path).unwrap())
+    }
+
+    #[test]
+    fn one_server_at_a_time() {
+        let (_file, open) = files();
+        let (a, b) = (open(), open());
+        assert!(lock_server(&a).unwrap());
+        assert!(!lock_server(&b).unwrap());
+        drop(open());
+        assert!(!lock_server(&b).unwrap(), "closing another descriptor must not drop the lock");
+        drop(a);
+        assert!(lock_server(&b).unwrap());
+    }
+
+    #[test]
+    fn an_entry_is_held_until_its_descriptor_is_closed() {
+        let (_file, open) = files();
+        let mut holders = HolderLocks::new(open());
+        let (a, first) = holders.take(|| Ok(open().into())).unwrap().unwrap();
+        let (b, second) = holders.take(|| Ok(open().into())).unwrap().unwrap();
+        assert_eq!((a, b, holders.held().unwrap()), (0, 1, vec![0, 1]));
+        let copy = first.try_clone().unwrap();
+        drop(first);
+        assert!(!holders.is_free(0), "a duplicate (a forked child's) still holds it");
+        drop(copy);
+        assert!(holders.is_free(0) && !holders.is_free(1));
+        drop(second);
+        assert_eq!(holders.held().unwrap(), Vec::<u32>::new());
+    }
+}

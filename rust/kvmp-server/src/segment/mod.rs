@@ -1,0 +1,10 @@
+//! The segment from the server's side: its file, the locks on it, the memory behind it.
+
+pub mod backing;
+mod file;
+mod locks;
+mod table;
+
+pub use file::{Found, SegmentFile, boot_clock_ns, remove};
+pub use locks::HolderLocks;
+pub use table::SegmentTable;

@@ -1,0 +1,346 @@
+//! A server in this process: `built -> started -> stopped`. The command line is a shim over it.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+use kvmp_core::geometry::Geometry;
+use kvmp_core::ids::ChunkId;
+use rustix::event::{EventfdFlags, eventfd};
+
+use crate::config::{ConfigSource, ServerConfig};
+use crate::error::{Context, ServerError};
+use crate::limits::{Sources, bounds, tightest_total};
+use crate::listen::{BoundSocket, Control, ControlStart, Rendezvous};
+use crate::plane::{Command, Namespaces, Plane, PlaneHandle, PlaneStart};
+use crate::recovery::{Recovery, recover};
+use crate::segment::backing::{Backing, Ended};
+use crate::segment::{Found, HolderLocks, SegmentFile};
+use crate::size::Bytes;
+
+/// Settings for a server to be, by name; what is not set has its default.
+#[derive(Clone, Debug, Default)]
+pub struct ServerBuilder {
+    source: ConfigSource,
+}
+
+impl ServerBuilder {
+    /// Bytes of the arena; must be set.
+    #[must_use]
+    pub fn size(mut self, bytes: u64) -> Self {
+        self.source.size = Some(bytes.to_string());
+        self
+    }
+
+    /// Name of the server, its segment and its socket; `kvmp` unless set.
+    #[must_use]
+    pub fn name(mut self, name: &str) -> Self {
+        self.source.name = Some(name.into());
+        self
+    }
+
+    /// Folder of the segment; `/dev/shm` unless set.
+    #[must_use]
+    pub fn arena_dir(mut self, dir: &Path) -> Self {
+        self.source.arena_dir = Some(dir.into());
+        self
+    }
+
+    /// Path of the unix socket.
+    #[must_use]
+    pub fn socket(mut self, path: &Path) -> Self {
+        self.source.socket = Some(path.into());
+        self
+    }
+
+    /// TCP rendezvous `HOST:PORT`, or `off`.
+    #[must_use]
+    pub fn tcp(mut self, address: &str) -> Self {
+        self.source.tcp = Some(address.into());
+        self
+    }
+
+    /// Eviction policy; `lru` unless set.
+    #[must_use]
+    pub fn policy(mut self, name: &str) -> Self {
+        self.source.policy = Some(name.into());
+        self
+    }
+
+    /// Bytes of a chunk: a power of two from 2 MiB to 1 GiB.
+    #[must_use]
+    pub fn chunk(mut self, bytes: u64) -> Self {
+        self.source.chunk = Some(bytes.to_string());
+        self
+    }
+
+    /// Unlink the segment when the server stops.
+    #[must_use]
+    pub fn ephemeral(mut self, yes: bool) -> Self {
+        self.source.ephemeral = Some(yes);
+        self
+    }
+
+    /// Start empty, on a new file.
+    #[must_use]
+    pub fn fresh(mut self, yes: bool) -> Self {
+        self.source.fresh = Some(yes);
+        self
+    }
+
+    /// Checks the settings and starts the server's threads; answers clients when this returns.
+    pub fn start(self) -> Result<Server, ServerError> {
+        Server::start(self.source.resolve()?)
+    }
+}
+
+/// A running server. Dropping it stops it.
+#[derive(Debug)]
+pub struct Server {
+    config: ServerConfig,
+    segment: Arc<SegmentFile>,
+    socket_path: PathBuf,
+    plane: PlaneHandle,
+    stop: Arc<Stop>,
+    rendezvous: Option<Rendezvous>,
+    threads: Vec<JoinHandle<()>>,
+    failed: Receiver<ServerError>,
+}
+
+/// Told to all threads: a flag to look at, a descriptor to poll.
+#[derive(Debug)]
+struct Stop {
+    flag: AtomicBool,
+    bell: Arc<OwnedFd>,
+}
+
+fn make_bell() -> Result<Arc<OwnedFd>, ServerError> {
+    eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map(Arc::new).doing(|| "making an eventfd".into())
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, ServerError> {
+    std::thread::Builder::new().name(name.into()).spawn(body).doing(|| format!("starting the thread {name}"))
+}
+
+fn check_size(config: &ServerConfig, geometry: &Geometry, sources: &Sources) -> Result<(), ServerError> {
+    let bounds = bounds(&config.arena_dir, sources);
+    match tightest_total(&bounds).filter(|bound| bound.total < geometry.arena_bytes()) {
+        None => Ok(()),
+        Some(bound) => Err(ServerError::NeverFits {
+            size: config.size,
+            what: bound.what.clone(),
+            total: bound.total,
+            mend: bound.mend.clone(),
+        }),
+    }
+}
+
+impl Server {
+    /// Settings for a new server.
+    #[must_use]
+    pub fn builder() -> ServerBuilder {
+        ServerBuilder::default()
+    }
+
+    /// Starts a server with checked settings.
+    pub fn start(config: ServerConfig) -> Result<Self, ServerError> {
+        let geometry = Geometry::new(config.size, config.chunk)?;
+        let sources = Sources::default();
+        check_size(&config, &geometry, &sources)?;
+        let policy = kvmp_core::policy::factory(&config.policy)
+            .map_err(|e| ServerError::Config { key: "--policy".into(), why: e.to_string() })?;
+        let segment = Arc::new(SegmentFile::open(&config, geometry)?);
+        if let Found::Replaced(why) = &segment.found {
+            tracing::warn!("{} is replaced by a new, empty one: {why}", segment.path().display());
+        }
+        let holders =
+            || segment.reopen(true).map(|fd| HolderLocks::new(fd.into())).doing(|| "opening the segment".into());
+        let held_before = if segment.found == Found::Segment {
+            holders()?.held().doing(|| "asking for locks".into())?
+        } else {
+            Vec::new()
+        };
+        let mut namespaces = Namespaces::new(Arc::clone(&segment));
+        let Recovery { store, cold, report } = recover(&segment, &mut namespaces, policy);
+        segment.recovered();
+        if segment.found == Found::Segment {
+            tracing::info!(
+                "{} recovered: {} blocks kept, {} dropped, {} held back until their writers are gone",
+                segment.path().display(),
+                report.kept,
+                report.evicted,
+                report.quarantined
+            );
+        }
+        let (commands, receiver) = channel();
+        let bell = make_bell()?;
+        let plane = PlaneHandle::new(commands, Arc::clone(&bell));
+        let start = PlaneStart {
+            segment: Arc::clone(&segment),
+            store,
+            namespaces,
+            holders: holders()?,
+            held_before: if report.quarantined > 0 { held_before } else { Vec::new() },
+            quarantined: report.quarantined > 0,
+            commands: receiver,
+            bell,
+            policy: config.policy.clone(),
+        };
+        let data_plane = Plane::new(start).doing(|| "making the data plane".into())?;
+        let socket = BoundSocket::bind(&config.socket)?;
+        let socket_path = socket.path().to_owned();
+        let rendezvous = Rendezvous::start(&config, &socket_path)?;
+        let stop = Arc::new(Stop { flag: AtomicBool::new(false), bell: make_bell()? });
+        let (fail, failed) = channel();
+        let control = Control::new(ControlStart {
+            socket,
+            segment: Arc::clone(&segment),
+            holders: holders()?,
+            plane: plane.clone(),
+            allow_uids: config.allow_uids.clone(),
+            stop: Arc::clone(&stop.bell),
+        });
+        let mut server = Self { config, segment, socket_path, plane, stop, rendezvous, threads: Vec::new(), failed };
+        server.threads.push(spawn("kvmp-plane", move || data_plane.run())?);
+        server.threads.push(spawn("kvmp-control", move || control.run())?);
+        server.back(cold, sources, fail)?;
+        Ok(server)
+    }
+
+    /// Starts the growth of the arena; the thread ends by itself.
+    fn back(&mut self, cold: Vec<ChunkId>, sources: Sources, fail: Sender<ServerError>) -> Result<(), ServerError> {
+        let (segment, plane, stop) = (Arc::clone(&self.segment), self.plane.clone(), Arc::clone(&self.stop));
+        let arena_dir = self.config.arena_dir.clone();
+        let layout = *segment.table.layout();
+        let backed_before = layout.geometry.chunks as usize - cold.len();
+        if cold.is_empty() {
+            self.plane.send(Command::BackingEnded);
+            return Ok(());
+        }
+        if backed_before == 0 {
+            let backing = Backing {
+                file: segment.file(),
+                layout,
+                arena_dir: arena_dir.clone(),
+                sources: sources.clone(),
+                stop: &stop.flag,
+            };
+            if let Some(bound) = backing.lacks_room(layout.geometry.chunk_bytes) {
+                return Err(no_room(&layout.geometry, bound));
+            }
+        }
+        let thread = spawn("kvmp-backing", move || {
+            let backing = Backing { file: segment.file(), layout, arena_dir, sources, stop: &stop.flag };
+            let mut backed = backed_before;
+            let ended = backing.run(cold, |chunk| {
+                backed += 1;
+                plane.send(Command::ChunkBacked(chunk));
+            });
+            plane.send(Command::BackingEnded);
+            if let Some(error) = growth_ended(ended, backed, &layout.geometry) {
+                let _ = fail.send(error);
+            }
+        })?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    /// `unix:PATH` that clients connect to.
+    #[must_use]
+    pub fn endpoint(&self) -> String {
+        format!("unix:{}", self.socket_path.display())
+    }
+
+    /// The TCP rendezvous, if there is one.
+    #[must_use]
+    pub fn tcp(&self) -> Option<std::net::SocketAddr> {
+        self.rendezvous.as_ref().map(|rendezvous| rendezvous.address)
+    }
+
+    /// Settings it runs with.
+    #[must_use]
+    pub fn config(&self) -> &ServerConfig {
+        &self.config
+    }
+
+    /// Path of the segment file.
+    #[must_use]
+    pub fn segment_path(&self) -> &Path {
+        self.segment.path()
+    }
+
+    /// Bytes of memory that the segment takes now.
+    #[must_use]
+    pub fn resident_bytes(&self) -> u64 {
+        self.segment.resident_bytes()
+    }
+
+    /// An error that came up after the start and leaves the server useless, if one did.
+    #[must_use]
+    pub fn failure(&self) -> Option<ServerError> {
+        self.failed.try_recv().ok()
+    }
+
+    /// Whether every thread that serves is alive.
+    #[must_use]
+    pub fn is_serving(&self) -> bool {
+        self.threads.iter().take(2).all(|thread| !thread.is_finished())
+    }
+
+    /// Stops serving; an ephemeral segment is unlinked. Sessions see a hang-up.
+    pub fn stop(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.flag.store(true, Ordering::Relaxed);
+        let _ = rustix::io::write(&*self.stop.bell, &1u64.to_ne_bytes());
+        self.plane.send(Command::Stop);
+        self.rendezvous = None;
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+        if self.config.ephemeral {
+            self.segment.unlink();
+        }
+    }
+}
+
+fn no_room(geometry: &Geometry, bound: crate::limits::Bound) -> ServerError {
+    ServerError::NoRoom { chunk: geometry.chunk_bytes, what: bound.what, free: bound.free, mend: bound.mend }
+}
+
+/// One warning when the arena stays smaller than asked for; an error when there is nothing at all.
+fn growth_ended(ended: Ended, backed: usize, geometry: &Geometry) -> Option<ServerError> {
+    let have = Bytes(backed as u64 * geometry.chunk_bytes);
+    let asked = Bytes(geometry.arena_bytes());
+    match ended {
+        Ended::Complete => {
+            tracing::info!("all {asked} are backed");
+            None
+        }
+        Ended::Stopped => None,
+        Ended::NoRoom(bound) if backed == 0 => Some(no_room(geometry, bound)),
+        Ended::NoRoom(bound) => {
+            tracing::warn!(
+                "the arena stays at {have} of {asked}: {} has {} free; {}",
+                bound.what,
+                Bytes(bound.free),
+                bound.mend
+            );
+            None
+        }
+        Ended::Failed(source) if backed == 0 => {
+            Some(ServerError::Os { what: "backing the first chunk".into(), source })
+        }
+        Ended::Failed(e) => {
+            tracing::warn!("the arena stays at {have} of {asked}: {e}");
+            None
+        }
+    }
+}
