@@ -1,0 +1,126 @@
+//! The real binary, killed with SIGKILL and started again: what was Ready is there, what was Writing comes back only when
+//! its writer is gone.
+
+mod support;
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use support::{Engine, chain, spec, until};
+
+/// A `kvmp serve` of its own.
+struct Process {
+    child: Child,
+    endpoint: String,
+    name: String,
+    /// What it logged up to the ready line.
+    log: String,
+}
+
+impl Process {
+    fn start(dir: &Path, name: &str) -> Self {
+        let socket: PathBuf = dir.join("kvmp.sock");
+        let mut child = Command::new(env!("CARGO_BIN_EXE_kvmp"))
+            .args(["serve", "--size", "16MiB", "--chunk", "2MiB", "--tcp", "off", "--name", name, "--socket"])
+            .arg(&socket)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let mut log = String::new();
+        for line in lines.by_ref().map_while(Result::ok) {
+            log += &(line.clone() + "\n");
+            if line.contains("ready:") {
+                break;
+            }
+        }
+        // Read on, so that the server never blocks on its own log.
+        std::thread::spawn(move || lines.for_each(drop));
+        assert!(log.contains("ready:"), "the server did not come up: {log}");
+        Self { child, endpoint: format!("unix:{}", socket.display()), name: name.into(), log }
+    }
+
+    fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_file(format!("/dev/shm/{}.kvmp", self.name));
+    }
+}
+
+fn warm(endpoint: &str, spec: &kvmp_core::namespace::NamespaceSpec) -> Engine {
+    let engine = Engine::new(endpoint, spec);
+    until("the arena is backed", || engine.stats()["warming"] == false);
+    engine
+}
+
+#[test]
+fn what_was_ready_is_hit_after_sigkill_with_the_old_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let spec = spec("m", &[9000, 9000]);
+    let mut first = Process::start(dir.path(), "test-warm");
+    let engine = warm(&first.endpoint, &spec);
+    let hashes = chain(1, 50);
+    assert_eq!(engine.store(&hashes), 50);
+    let segment = engine.scheduler.segment_id().to_owned();
+    first.kill();
+    until("the client sees the hang-up", || engine.scheduler.lost().is_some());
+    let second = Process::start(dir.path(), "test-warm");
+    assert!(second.log.contains("50 blocks kept"), "{}", second.log);
+    let again = Engine::new(&second.endpoint, &spec);
+    assert_eq!(again.scheduler.segment_id(), segment);
+    assert_ne!(again.scheduler.server_epoch(), engine.scheduler.server_epoch());
+    assert_eq!(again.hit(&hashes), 50);
+}
+
+#[test]
+fn slots_of_a_writer_that_lives_are_not_given_away_by_the_next_server() {
+    let dir = tempfile::tempdir().unwrap();
+    let spec = spec("m", &[9000]);
+    let mut first = Process::start(dir.path(), "test-writing");
+    let engine = warm(&first.endpoint, &spec);
+    let mut lease = engine.reserve(&chain(1, 20));
+    lease.hand_over();
+    let writing: Vec<u32> = Engine::granted(&lease).iter().map(|g| g.1).collect();
+    assert_eq!(writing.len(), 20);
+    first.kill();
+    let second = Process::start(dir.path(), "test-writing");
+    assert!(second.log.contains("20 held back"), "{}", second.log);
+    let other = warm(&second.endpoint, &spec);
+    for seed in 2..40 {
+        let mut lease = other.reserve(&chain(seed, 30));
+        let granted = Engine::granted(&lease);
+        assert!(granted.iter().all(|g| !writing.contains(&g.1)), "a slot of a living writer was granted");
+        lease.cancel();
+    }
+    assert_eq!((other.stat("blocks_quarantined"), other.hit(&chain(1, 20))), (20, 0));
+    // The writer's process lets go of its holder entries: now they come back.
+    drop(engine);
+    until("the slots come back", || other.stat("blocks_quarantined") == 0);
+}
+
+#[test]
+fn a_worker_that_dies_between_reserve_and_commit_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = support::server("test-dead-worker", dir.path(), 16 << 20, 2 << 20);
+    let mut engine = Engine::new(&server.endpoint(), &spec("m", &[9000, 9000]));
+    let hashes = chain(1, 10);
+    let mut lease = engine.reserve(&hashes);
+    lease.hand_over();
+    engine.write_part(0, &lease, &hashes);
+    let places = engine.workers[1].0.parts_at(&engine.workers[1].1, 0, &[Engine::granted(&lease)[0].1]).unwrap();
+    drop(engine.workers.pop());
+    // Its session is gone, but a copy of it may still run: the guard in `places` says so.
+    until("the session is gone", || engine.stat("sessions") == 2);
+    assert_eq!(engine.stat("blocks_writing"), 10);
+    drop(places);
+    until("its parts are closed", || engine.stat("blocks_writing") + engine.stat("blocks_quarantined") == 0);
+    assert_eq!((engine.hit(&hashes), engine.stat("blocks_ready")), (0, 0));
+}
