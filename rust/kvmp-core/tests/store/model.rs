@@ -263,7 +263,9 @@ impl Model {
         let (mut pins, mut pages) = (Vec::new(), 0);
         for (id, ((first, slots), hit)) in expected.into_iter().zip(&reply.groups).enumerate() {
             let words: Vec<_> = slots.iter().map(|slot| (*slot, self.blocks[slot].word)).collect();
-            ensure(hit.slots == words && hit.first_block as usize == first, || format!("group {id}: {hit:?}, not {words:?}"))?;
+            ensure(hit.slots == words && hit.first_block as usize == first, || {
+                format!("group {id}: {hit:?}, not {words:?}")
+            })?;
             let facts = self.groups[&(namespace, id as u16)];
             pages += slots.len() as u64 * facts.pages;
             let from = if facts.rule == GroupRule::Prefix { slots.len() - 1 } else { 0 };

@@ -377,7 +377,8 @@ fn nth<V: Clone>(map: &BTreeMap<LeaseId, V>, pick: usize) -> Option<(LeaseId, V)
 
 fn check(one_size: bool, fault: Fault, cases: u32) -> Result<(), String> {
     let config = Config { cases, failure_persistence: None, max_shrink_iters: 4000, ..Config::default() };
-    let mut runner = TestRunner::new_with_rng(config, proptest::test_runner::TestRng::deterministic_rng(Default::default()));
+    let mut runner =
+        TestRunner::new_with_rng(config, proptest::test_runner::TestRng::deterministic_rng(Default::default()));
     let ops = proptest::collection::vec(op(), 1..120);
     let result = runner.run(&(0..=CHUNKS, ops), |(backed, ops)| {
         let mut world = World::new(one_size, fault);
