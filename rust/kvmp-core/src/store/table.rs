@@ -76,6 +76,12 @@ impl HeapTable {
         Self { geometry, records: Default::default(), chunks: vec![ChunkState::Cold; geometry.chunks as usize] }
     }
 
+    /// What it is a table of.
+    #[must_use]
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
     /// State of a chunk.
     #[must_use]
     pub fn chunk(&self, chunk: ChunkId) -> Option<ChunkState> {

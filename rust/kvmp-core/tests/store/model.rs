@@ -363,4 +363,22 @@ impl Model {
     pub fn all_evictable(&self) -> u64 {
         self.blocks.keys().filter(|slot| !self.blocked(**slot)).count() as u64
     }
+
+    /// Forgets what a crash forgets; returns how many slots were Writing.
+    pub fn restart(&mut self) -> u64 {
+        let whole = |slot: &SlotId| {
+            let mut at = Some(*slot);
+            while let Some(slot) = at {
+                if !self.blocks[&slot].ready {
+                    return false;
+                }
+                at = self.blocks[&slot].parent;
+            }
+            true
+        };
+        let kept: BTreeSet<SlotId> = self.blocks.keys().copied().filter(whole).collect();
+        let held = self.blocks.values().filter(|block| !block.ready).count() as u64;
+        self.blocks.retain(|slot, _| kept.contains(slot));
+        held
+    }
 }
