@@ -4,5 +4,6 @@ mod fixture;
 mod logged;
 mod model;
 mod property;
+mod recovery;
 mod replay;
 mod rules;
