@@ -12,9 +12,11 @@ use serde_json::Value;
 
 use crate::connect::{ConnectOptions, attach};
 use crate::control::ExchangeError;
+use crate::copy::{self, BlockLayout};
 use crate::error::{LostWhy, input};
 use crate::lease::{self, ReadLease, WriteLease};
 use crate::parts::{PartList, close_parts};
+use crate::prefault::Prefault;
 use crate::session::Session;
 use crate::slots::{PartsAt, part_offsets};
 use crate::stats;
@@ -31,6 +33,7 @@ pub struct Client {
     server_version: String,
     segment: File,
     arena: Mutex<Option<Mapping>>,
+    prefault: Mutex<Option<Prefault>>,
 }
 
 impl Client {
@@ -51,6 +54,7 @@ impl Client {
             server_version: attached.welcome.server_version.clone(),
             segment,
             arena: Mutex::new(None),
+            prefault: Mutex::new(None),
             session: Session::new(attached),
         })
     }
@@ -265,14 +269,67 @@ impl Client {
         Ok(arena.insert(mapping).clone())
     }
 
-    /// The chunks that have memory behind them now, as (offset in the arena, length) in bytes.
-    #[must_use]
-    pub fn backed_chunks(&self) -> Vec<(u64, u64)> {
-        use kvmp_core::{ids::ChunkId, segment::ChunkWord};
-        let geometry = self.session.table.layout().geometry;
-        let backed = |&chunk: &u32| !matches!(self.session.table.chunk(ChunkId(chunk)), None | Some(ChunkWord::Cold));
-        let range = |chunk: u32| (u64::from(chunk) * geometry.chunk_bytes, geometry.chunk_bytes);
-        (0..geometry.chunks).filter(backed).map(range).collect()
+    /// Makes the arena's page-table entries in a thread of its own, so that first copies do not wait for them. Ended by
+    /// [`Self::close`]; once is enough.
+    ///
+    /// # Errors
+    /// The arena cannot be mapped.
+    pub fn prefault(&self) -> Result<(), ClientError> {
+        self.session.check_process()?;
+        let mut prefault = self.prefault.lock().unwrap_or_else(PoisonError::into_inner);
+        if prefault.is_none() {
+            *prefault = Prefault::start(self.session.table.clone(), self.arena()?);
+        }
+        Ok(())
+    }
+
+    /// Copies blocks of the engine's memory into this client's part of the slots; returns when all bytes are there.
+    ///
+    /// # Errors
+    /// As [`Self::parts_at`]; a layout that is not of the part's size; or a copy out of bounds. No byte has moved then.
+    ///
+    /// # Safety
+    /// Until this returns, the memory that `layout` names is mapped and readable and nobody writes the blocks named,
+    /// and an open write lease of this server epoch covers the slots.
+    pub unsafe fn store_blocks(
+        &self,
+        layout: &BlockLayout,
+        at: &PartsAt,
+        blocks: &[u32],
+        threads: Option<usize>,
+    ) -> Result<(), ClientError> {
+        let pairs = at.pairs(layout, blocks)?;
+        // SAFETY: the arena is this process's own mapping, apart from the engine's memory, and `parts_at` found the
+        // slots' chunks backed; the caller vouches for the rest.
+        unsafe { copy::store(layout, at.view(), &pairs, threads) }?;
+        Ok(())
+    }
+
+    /// Copies this client's part of the slots into blocks, then says of each whether its slot was the one leased until
+    /// the copy had ended; where not, the block holds garbage.
+    ///
+    /// # Errors
+    /// As [`Self::store_blocks`].
+    ///
+    /// # Safety
+    /// Until this returns, the memory that `layout` names is mapped and writable and nobody else touches the blocks
+    /// named.
+    pub unsafe fn load_blocks(
+        &self,
+        layout: &BlockLayout,
+        at: &PartsAt,
+        blocks: &[u32],
+        slots: &[u32],
+        words: &[u64],
+        threads: Option<usize>,
+    ) -> Result<Vec<bool>, ClientError> {
+        if words.len() != blocks.len() || slots.len() != blocks.len() {
+            return Err(input("words", format!("{} words for {} blocks", words.len(), blocks.len())));
+        }
+        let pairs = at.pairs(layout, blocks)?;
+        // SAFETY: as in `store_blocks`.
+        unsafe { copy::load(layout, at.view(), &pairs, threads) }?;
+        self.check(slots, words)
     }
 
     /// Places of this client's part in some slots, and a guard to hold until the copy has ended.
@@ -299,6 +356,8 @@ impl Client {
             self.session.end(LostWhy::Closed);
             self.session.control.shut();
             self.session.holder.give_up();
+            let prefault = self.prefault.lock().unwrap_or_else(PoisonError::into_inner).take();
+            prefault.into_iter().for_each(Prefault::end);
         }
     }
 }

@@ -137,6 +137,9 @@ pub enum ClientError {
         /// What is wrong with it.
         why: String,
     },
+    /// A layout or a copy that cannot be.
+    #[error(transparent)]
+    Copy(#[from] crate::copy::CopyError),
     /// This process is a fork of the one that connected.
     #[error(
         "this kvmp client belongs to process {parent}, and this is a fork of it; a client does not pass through fork(): \

@@ -20,6 +20,7 @@ mod lease;
 mod lookup;
 mod namespace;
 mod parts;
+mod prefault;
 mod request;
 mod reserve;
 mod scratch;

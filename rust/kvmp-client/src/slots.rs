@@ -3,6 +3,7 @@
 use kvmp_core::ids::{PartId, SlotId};
 use kvmp_core::segment::{ChunkWord, Mapping, TableMap};
 
+use crate::copy::{ArenaView, BlockLayout};
 use crate::error::input;
 use crate::holder::CopyGuard;
 use crate::{ClientError, Namespace};
@@ -18,6 +19,26 @@ pub struct PartsAt {
     pub arena: Mapping,
     /// Keeps the holder entry locked.
     pub guard: CopyGuard,
+}
+
+impl PartsAt {
+    /// The arena, for a copy.
+    #[must_use]
+    pub fn view(&self) -> ArenaView {
+        ArenaView::new(self.arena.as_ptr(), self.arena.len())
+    }
+
+    /// Blocks and places side by side; refuses a layout whose blocks are not of the part's size.
+    pub(crate) fn pairs(&self, layout: &BlockLayout, blocks: &[u32]) -> Result<Vec<(u32, u64)>, ClientError> {
+        if layout.part_bytes() as u64 != self.bytes {
+            let (ours, theirs) = (layout.part_bytes(), self.bytes);
+            return Err(input("layout", format!("its blocks have {ours} bytes, the namespace's part has {theirs}")));
+        }
+        if blocks.len() != self.offsets.len() {
+            return Err(input("slots", format!("{} slots for {} blocks", self.offsets.len(), blocks.len())));
+        }
+        Ok(blocks.iter().copied().zip(self.offsets.iter().copied()).collect())
+    }
 }
 
 /// Offsets of a part in the arena; refuses slots that are not of the group's size now.

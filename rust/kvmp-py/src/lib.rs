@@ -1,1 +1,44 @@
-//! kvmp._kvmp
+//! `kvmp._kvmp`: converts and delegates. One file a Python class or verb.
+//!
+//! The GIL is kept around calls that only publish or harvest, and released round what can wait and round copies over
+//! 64 KiB: getting it back beside a busy thread costs the 5 ms switch interval.
+
+mod arguments;
+mod blocks;
+mod client;
+mod commit;
+mod errors;
+mod layout;
+mod lookup;
+mod namespace;
+mod program;
+mod reserve;
+mod stats;
+mod wait;
+
+use pyo3::prelude::*;
+
+/// Rust side of kvmp; use the typed modules `kvmp.client`, `kvmp.core`, `kvmp.errors`.
+#[pymodule(gil_used = true)]
+mod _kvmp {
+    use pyo3::prelude::*;
+
+    #[pymodule_export]
+    use super::client::Client;
+    #[pymodule_export]
+    use super::layout::BlockLayout;
+    #[pymodule_export]
+    use super::lookup::{PendingLookup, ReadLease};
+    #[pymodule_export]
+    use super::namespace::{Namespace, namespace_digest};
+    #[pymodule_export]
+    use super::program::main;
+    #[pymodule_export]
+    use super::reserve::{PendingReserve, WriteLease};
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::errors::add_to(module)?;
+        module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+}

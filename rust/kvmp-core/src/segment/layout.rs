@@ -8,6 +8,7 @@ const HEADER_PAGE: u64 = PAGE;
 /// Offset of the data-plane thread's parked word.
 pub const PARKED_OFFSET: u64 = 128;
 /// Offset of the bits that say which namespace entries are used.
+#[cfg(not(loom))]
 pub(super) const NAMESPACES_USED: u64 = 512;
 /// Number of holder entries.
 pub const HOLDERS: u32 = 4096;

@@ -55,7 +55,7 @@ pub(crate) struct Plane {
     pub(super) counters: Counters,
     pub(super) policy: String,
     holders: HolderLocks,
-    holder_of: HashMap<SessionId, u32>,
+    pub(super) holder_of: HashMap<SessionId, u32>,
     held_before: Vec<u32>,
     /// Recovered Writing slots are held back: since when nobody holds an entry of before.
     quarantine: Quarantine,

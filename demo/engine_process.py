@@ -1,0 +1,123 @@
+"""The process of one real vLLM engine, driven by JSON lines: `python -m demo.engine_process CONFIG`.
+
+In: `{"id", "do": "submit" | "abort" | "counters" | "reset", ...}`, one a line; end of input ends the engine.
+Out: `{"id", ...answer}` or `{"id", "error"}`, in any order; first of all `{"id": 0}`, once the engine is up.
+Whatever vLLM and its children print goes to stderr.
+"""
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+from .engine_config import EngineConfig
+
+
+class EngineProcess:
+    """Commands of one owner, carried out on one engine as they come."""
+
+    def __init__(self, config: EngineConfig, answers: int):
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from .connector_counters import ConnectorCounters
+
+        args = AsyncEngineArgs(**config.vllm_args())
+        self._engine = AsyncLLM.from_engine_args(args, stat_loggers=[ConnectorCounters])
+        self._answers = answers
+        self._requests: dict[str, asyncio.Task[None]] = {}
+        self._commands = {
+            "submit": self._submit,
+            "abort": self._abort,
+            "counters": self._counters,
+            "reset": self._reset,
+        }
+
+    async def serve(self) -> None:
+        """Carry out commands until the owner closes its end."""
+        self._say({"id": 0})
+        running = set()
+        async for line in _lines(sys.stdin):
+            task = asyncio.create_task(self._carry_out(json.loads(line)))
+            running.add(task)
+            task.add_done_callback(running.discard)
+        self._engine.shutdown()
+
+    async def _carry_out(self, command: dict[str, Any]) -> None:
+        number, verb = command.pop("id"), command.pop("do")
+        try:
+            answer = await self._commands[verb](**command)
+        except Exception as error:  # whatever went wrong is the owner's to judge
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        self._say({"id": number, **answer})
+
+    async def _submit(
+        self, request: str, prompt: list[int], max_tokens: int, salt: str | None = None
+    ) -> dict[str, Any]:
+        self._requests[request] = asyncio.current_task()
+        started, first_at, output = time.perf_counter(), None, None
+        with suppress(asyncio.CancelledError):
+            async for partial in self._generate(request, prompt, max_tokens, salt):
+                output, first_at = partial, first_at or time.perf_counter()
+        return {
+            "tokens": list(output.outputs[0].token_ids) if output else [],
+            "cached_tokens": (output.num_cached_tokens or 0) if output else 0,
+            "ttft_s": first_at - started if first_at else None,
+            "finish": (output.outputs[0].finish_reason if output else None) or "abort",
+        }
+
+    def _generate(self, request: str, prompt: list[int], max_tokens: int, salt: str | None) -> AsyncIterator[Any]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+        inputs = {"prompt_token_ids": prompt} | ({"cache_salt": salt} if salt else {})
+        return self._engine.generate(inputs, params, request)
+
+    async def _abort(self, request: str) -> dict[str, Any]:
+        self._requests[request].cancel()  # as vLLM's HTTP server does when its client hangs up
+        return {}
+
+    async def _counters(self) -> dict[str, Any]:
+        from vllm.v1.metrics.reader import Counter, get_metrics_snapshot
+
+        from . import connector_counters
+
+        totals = dict(connector_counters.totals)
+        for metric in get_metrics_snapshot():
+            if isinstance(metric, Counter):
+                name = metric.name.removeprefix("vllm:")
+                totals[name] = totals.get(name, 0) + int(metric.value)
+        return {"counters": totals}
+
+    async def _reset(self, connector: bool = False) -> dict[str, Any]:
+        return {"done": await self._engine.reset_prefix_cache(reset_connector=connector)}
+
+    def _say(self, answer: dict[str, Any]) -> None:
+        os.write(self._answers, json.dumps(answer).encode() + b"\n")
+
+
+async def _lines(stream: Any) -> AsyncIterator[str]:
+    reader = asyncio.StreamReader(limit=1 << 24)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), stream)
+    while line := await reader.readline():
+        yield line.decode()
+
+
+def _own_stdout() -> int:
+    """The answers' descriptor, kept from children; print() and C code go to stderr from now on."""
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    return answers
+
+
+async def _main() -> None:
+    answers = _own_stdout()
+    await EngineProcess(EngineConfig.from_json(sys.argv[1]), answers).serve()
+
+
+if __name__ == "__main__":
+    asyncio.run(_main())

@@ -1,0 +1,38 @@
+"""The one tree of exceptions; the classes are made in Rust.
+
+::
+
+    KvmpError(RuntimeError)
+    ├── ConnectError      no server, refused (uid, version, engine), or the hello went wrong
+    ├── ServerLost        the session ended, or is marked lost until a ping is answered
+    ├── BoundExceeded     a call passed its bound (that marks the session lost), or there was no room for one more
+    ├── ProtocolError     the other side sent what the protocol does not allow
+    ├── NamespaceError    spec, digest or part layout refused; slot larger than a chunk; namespace table full
+    ├── LeaseError        unknown or ended lease, another's part, another life of the server
+    ├── SegmentError      the server's memory cannot be mapped, or is not what it says
+    └── InvalidInput      also a ValueError: a bad argument (shape, dtype, range), named
+"""
+
+from ._kvmp import (
+    BoundExceeded,
+    ConnectError,
+    InvalidInput,
+    KvmpError,
+    LeaseError,
+    NamespaceError,
+    ProtocolError,
+    SegmentError,
+    ServerLost,
+)
+
+__all__ = [
+    "BoundExceeded",
+    "ConnectError",
+    "InvalidInput",
+    "KvmpError",
+    "LeaseError",
+    "NamespaceError",
+    "ProtocolError",
+    "SegmentError",
+    "ServerLost",
+]

@@ -1,0 +1,292 @@
+"""The scheduler's connection, kept in the background so that no step of the engine ever waits for it.
+
+Down -> (connect, open) -> Up -> (hang-up or missed bound) -> Lost -> (ping answered) -> Up, or -> Down.
+
+The engine's thread only reads `namespace()` and `session`; every call that can wait is made by this module's thread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from kvmp.namespace import NamespaceSpec
+from kvmp.vllm.metadata import NamespaceRef, SessionRef
+from kvmp.vllm.options import Options
+from kvmp.vllm.spec import SpecRefusedError
+from kvmp.vllm.weights import adapter_digest
+
+# A hang-up is seen at the latest this much later; a missed bound wakes the thread at once. Seconds.
+_WATCH_S = 0.2
+_RETRY_FIRST_S = 0.1
+_RETRY_LAST_S = 1.0
+_CONNECT_MS = 1000
+_JOIN_S = 2.0
+# Key of the namespace of plain requests; adapters have their content digest.
+PLAIN = ""
+
+
+@dataclass(frozen=True)
+class Session:
+    """One attachment to a server.
+
+    Attributes:
+        client: the `kvmp.Client`.
+        ref: what a worker needs to join.
+    """
+
+    client: Any
+    ref: SessionRef
+
+
+@dataclass(frozen=True, eq=False)
+class OpenNamespace:
+    """A namespace opened in a session; compared by identity, so that a new session or salt is a new one.
+
+    Attributes:
+        session: the session it was opened in.
+        handle: what the client gave.
+        ref: what a worker needs to join.
+    """
+
+    session: Session
+    handle: Any
+    ref: NamespaceRef
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter as vLLM names it; vLLM loads it once for each of these."""
+
+    lora_id: int
+    name: str
+    path: str
+
+
+class Link:
+    """Attaches, re-attaches and opens namespaces, on a thread of its own."""
+
+    def __init__(
+        self,
+        options: Options,
+        make_spec: Callable[[], NamespaceSpec],
+        logger: logging.Logger,
+        *,
+        connect: Callable[..., Any] | None = None,
+        switch_off: Callable[[str], None],
+    ):
+        """
+        Args:
+            make_spec: builds the namespace spec of plain requests; called once, in the background.
+            connect: `kvmp.Client.connect`, or what stands in for it.
+            switch_off: called with the reason when this engine can never be served.
+        """
+        self._options = options
+        self._make_spec = make_spec
+        self._spec: NamespaceSpec | None = None
+        self._logger = logger
+        self._connect = connect or _client_connect
+        self._switch_off = switch_off
+        self._wake = threading.Event()
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._warned = False
+        self._salt = ""
+        self._salts = itertools.count()
+        self._salt_serial = next(self._salts)
+        self._up = False
+        self._session: Session | None = None
+        self._open: dict[str, OpenNamespace] = {}
+        self._wanted: dict[str, Adapter | None] = {PLAIN: None}
+        self._adapters: dict[Adapter, str | None] = {}
+        self._thread: threading.Thread | None = None
+
+    # What the engine's thread uses; none of it waits.
+
+    def start(self) -> None:
+        """Begins to attach."""
+        self._thread = threading.Thread(target=self._run, name="kvmp-link", daemon=True)
+        self._thread.start()
+
+    @property
+    def up(self) -> bool:
+        """Whether a server is there that answers in time."""
+        return self._up
+
+    @property
+    def session(self) -> SessionRef | None:
+        """The session in use, None while there is none."""
+        session = self._session
+        return session.ref if session and self._up else None
+
+    def namespace(self, adapter: Adapter | None = None) -> OpenNamespace | None:
+        """The open namespace of a request with this adapter, None while there is none; asking for it has it opened."""
+        if not self._up:
+            return None
+        if adapter is None:
+            return self._open.get(PLAIN)
+        key = self._adapters.get(adapter, "")
+        if not key:
+            if adapter not in self._adapters:
+                self._want(adapter)
+            return None
+        return self._open.get(key)
+
+    def mark_lost(self) -> None:
+        """A bound was missed: nobody asks the server anything until it has answered a ping."""
+        self._up = False
+        self._wake.set()
+
+    def new_salt(self) -> None:
+        """Goes on in fresh namespaces: what is stored from now on is found only by this engine, until it ends."""
+        with self._lock:
+            self._salt = secrets.token_hex(16)
+            self._salt_serial = next(self._salts)
+            self._open = {}
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Ends the thread and the session."""
+        self._stopping, self._up = True, False
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(_JOIN_S)
+
+    def _want(self, adapter: Adapter) -> None:
+        with self._lock:
+            self._adapters[adapter] = None
+            self._wanted[f"{adapter.lora_id}\0{adapter.name}\0{adapter.path}"] = adapter
+        self._wake.set()
+
+    # The background thread.
+
+    def _run(self) -> None:
+        pause = _RETRY_FIRST_S
+        while not self._stopping:
+            if self._tend():
+                pause, wait = _RETRY_FIRST_S, _WATCH_S
+            else:
+                wait, pause = pause, min(2 * pause, _RETRY_LAST_S)
+            self._wake.wait(wait)
+            self._wake.clear()
+        self._drop_session()
+
+    def _tend(self) -> bool:
+        """One look at the connection; True when it is up."""
+        try:
+            if self._session is None:
+                self._attach()
+            elif not self._up or self._session.client.lost:
+                self._revive()
+            self._open_wanted()
+            return self._up
+        except SpecRefusedError as refused:
+            self._stopping = True
+            self._switch_off(str(refused))
+        except BaseException as error:  # No server, a refusal, a broken session: try again, engine unharmed.
+            self._drop_session()
+            if not self._stopping:
+                self._warn(error)
+        return False
+
+    def _attach(self) -> None:
+        if self._spec is None:
+            self._spec = self._make_spec()
+        client = self._connect(
+            self._options.endpoint, role="scheduler", socket_dir=self._options.socket_dir, timeout_ms=_CONNECT_MS
+        )
+        ref = SessionRef(client.endpoint, client.engine_token, client.server_epoch, client.segment_id)
+        with self._lock:
+            self._session = Session(client, ref)
+            self._open = {}
+        self._open_wanted()
+        self._up, self._warned = True, False
+        self._logger.info("kvmp: attached to %s", ref.endpoint)
+
+    def _revive(self) -> None:
+        from kvmp.errors import BoundExceeded
+
+        self._up = False
+        try:
+            self._session.client.ping(timeout_ms=self._options.timeout_ms)
+        except BoundExceeded as error:
+            # Frozen or swamped, not gone: its session, and what it pins for us, are worth keeping.
+            self._warn(error)
+            return
+        self._up, self._warned = True, False
+
+    def _drop_session(self) -> None:
+        self._up = False
+        session, self._session = self._session, None
+        with self._lock:
+            self._open = {}
+        if session is not None:
+            self._leave(session)
+
+    def _leave(self, session: Session) -> None:
+        try:
+            session.client.close()
+        except BaseException as error:  # A session that cannot even be closed must not end this thread.
+            self._logger.debug("kvmp: closing a session failed: %s", error)
+
+    def _warn(self, error: BaseException) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        self._logger.warning(
+            "kvmp: no server at %s (%s); the engine runs without its cache and attaches when one comes. "
+            "Start one: kvmp serve --size 4GiB",
+            self._options.endpoint,
+            error,
+        )
+
+    def _open_wanted(self) -> None:
+        session, spec = self._session, self._spec
+        if session is None or spec is None:
+            return
+        for adapter in list(self._wanted.values()):
+            self._open_one(session, spec, adapter)
+
+    def _open_one(self, session: Session, spec: NamespaceSpec, adapter: Adapter | None) -> None:
+        key = PLAIN if adapter is None else self._adapter_key(adapter)
+        if key is None or key in self._open:
+            return
+        serial, salt = self._salt_serial, self._salt
+        if adapter is not None:
+            spec = dataclasses.replace(spec, facts={**spec.facts, "adapter_sha256": key})
+        spec = dataclasses.replace(spec, salt=salt)
+        handle = session.client.open(spec, timeout_ms=_CONNECT_MS)
+        opened = OpenNamespace(session, handle, NamespaceRef(handle.id, spec.digest()))
+        with self._lock:
+            # A reset that came meanwhile has named another salt: this namespace must not be used.
+            if serial == self._salt_serial and session is self._session:
+                self._open[key] = opened
+
+    def _adapter_key(self, adapter: Adapter) -> str | None:
+        """The adapter's content digest, None when it cannot be had: its requests are neither looked up nor stored."""
+        known = self._adapters.get(adapter)
+        if known is not None:
+            return known
+        try:
+            digest = adapter_digest(adapter.path)
+        except OSError as error:
+            self._logger.warning(
+                "kvmp: LoRA adapter %s: its files cannot be read (%s); its requests are not cached", adapter.name, error
+            )
+            with self._lock:
+                self._wanted = {key: other for key, other in self._wanted.items() if other != adapter}
+            return None
+        self._adapters[adapter] = digest
+        return digest
+
+
+def _client_connect(endpoint: str, **kwargs: Any) -> Any:
+    from kvmp.client import Client
+
+    return Client.connect(endpoint, **kwargs)

@@ -1,0 +1,71 @@
+"""Counters of the connector, in the class by which vLLM merges, logs and forwards them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+
+# Every counter, with its unit in its name or "number of" by default.
+COUNTERS = (
+    "lookups",  # lookups sent
+    "lookup_timeouts",  # lookups given up after kvmp.timeout_ms
+    "lookup_wait_us",  # how long requests were held back for an answer; no call waited
+    "hit_tokens",  # tokens an answer offered
+    "loaded_tokens",
+    "loaded_blocks",
+    "failed_load_blocks",  # recomputed by the engine
+    "stored_blocks",  # committed by every rank
+    "failed_store_blocks",  # granted, but aborted or lost on the way
+    "refused_store_blocks",  # the server had no room, or no parent, or did not admit them
+    "reserve_timeouts",
+    "errors",  # turned into a miss or "not stored"
+    "step_us",  # time spent in the connector by the engine's threads
+    "longest_call_us",  # the longest of these calls
+)
+_MAXIMA = frozenset({"longest_call_us"})
+
+
+class KvmpStats(KVConnectorStats):
+    """Plain integers by name; both sides and all ranks use this one class."""
+
+    def __init__(self, data: dict[str, Any] | None = None):
+        super().__init__(data=dict(data or {}))
+
+    def add(self, name: str, amount: int = 1) -> None:
+        """Counts `amount` more of `name`."""
+        if amount:
+            self.data[name] = self.data.get(name, 0) + int(amount)
+
+    def raise_to(self, name: str, value: int) -> None:
+        """Keeps the largest value seen of `name`."""
+        if value > self.data.get(name, 0):
+            self.data[name] = int(value)
+
+    def reset(self) -> None:
+        """Starts a new interval."""
+        self.data = {}
+
+    def take(self) -> KvmpStats | None:
+        """What was counted since the last call, None if it is no news."""
+        if self.is_empty():
+            return None
+        taken, self.data = KvmpStats(self.data), {}
+        return taken
+
+    def aggregate(self, other: KVConnectorStats) -> KvmpStats:
+        """Adds another side's or rank's counters to these."""
+        for name, value in other.data.items():
+            if name in _MAXIMA:
+                self.raise_to(name, value)
+            else:
+                self.add(name, value)
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """The counters for vLLM's log line."""
+        return {name: self.data[name] for name in COUNTERS if name in self.data}
+
+    def is_empty(self) -> bool:
+        """Whether nothing was counted. Time alone is no news: it would log a line for every idle interval."""
+        return not any(name not in ("step_us", "longest_call_us") for name in self.data)

@@ -1,0 +1,147 @@
+"""The worker side: describes its part at start, queues each step's copies, reports what has ended."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from kvmp.vllm import compat
+from kvmp.vllm.copier import Copier, Ended
+from kvmp.vllm.joined import Membership
+from kvmp.vllm.metadata import LoadJob, PartMeta, StepMeta, StoreJob, WorkerReport
+from kvmp.vllm.options import Options
+from kvmp.vllm.spec import canonical
+from kvmp.vllm.stats import KvmpStats
+
+
+class WorkerSide:
+    """One rank's worker, from registration to shutdown. It makes no contact before its first copy."""
+
+    def __init__(
+        self, vllm_config: Any, kv_cache_config: Any, options: Options, logger: logging.Logger, stats: KvmpStats
+    ):
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._options = options
+        self._logger = logger
+        self._stats = stats
+        self._off = compat.unsupported_cache(kv_cache_config) or ""
+        self._paged: Any = None
+        self._part = 0
+        self._layout_json = "{}"
+        self._copier: Copier | None = None
+        self._connect: Any = None
+        self._new_loads: list[LoadJob] = []
+        self._new_stores: list[StoreJob] = []
+        self._doomed: list[LoadJob] = []
+        self._unreported = WorkerReport()
+        self._failed_blocks: set[int] = set()
+
+    def use_connect(self, connect: Any) -> None:
+        """Uses what stands in for `kvmp.Client.connect`."""
+        self._connect = connect
+
+    # Start and end.
+
+    def register(self, kv_caches: Mapping[str, Any]) -> None:
+        """Describes this rank's cache; a cache that cannot be copied switches kvmp off for the engine."""
+        if self._off:
+            return
+        devices = sorted({tensor.device.type for tensor in kv_caches.values()})
+        if devices != ["cpu"]:
+            self._off = f"the KV cache is on {', '.join(devices) or 'no device'}; kvmp copies CPU tensors only so far"
+            return
+        from kvmp.paged import PagedKV
+
+        pp_rank, tp_rank = compat.rank_in_engine()
+        self._part = pp_rank * self._vllm_config.parallel_config.tensor_parallel_size + tp_rank
+        self._paged = PagedKV(kv_caches, num_blocks=self._kv_cache_config.num_blocks)
+        self._layout_json = canonical({**self._paged.layout(), "layers": self._layer_facts()})
+
+    def registration_failed(self) -> None:
+        """Registration raised: this rank cannot take part."""
+        self._off = self._off or "a worker could not describe its KV cache; its log says why"
+
+    def part(self) -> PartMeta:
+        """What the scheduler side must know of this part."""
+        if self._off or self._paged is None:
+            return PartMeta(part=self._part, off=self._off or "a worker has no KV cache")
+        return PartMeta(self._part, self._paged.block_bytes, self._layout_json, self._worker_facts())
+
+    def _specs(self) -> list[Any]:
+        return list(compat.layer_specs(self._kv_cache_config.kv_cache_groups[0].kv_cache_spec))
+
+    def _layer_facts(self) -> list[str]:
+        return sorted({repr(spec) for spec in self._specs()})
+
+    def _worker_facts(self) -> str:
+        packings = {compat.kernel_packing(self._vllm_config, spec) for spec in self._specs()}
+        layout = getattr(self._kv_cache_config, "kv_cache_layout", None)
+        return json.dumps({"packing": sorted(packings), "kv_cache_layout": str(layout)}, sort_keys=True)
+
+    def shutdown(self) -> None:
+        """Lets the copy under way end, then leaves the server."""
+        if self._copier is not None:
+            self._copier.stop()
+
+    # Steps.
+
+    def bind(self, meta: StepMeta) -> None:
+        """Takes this step's work; it starts when the step's hooks say so."""
+        self._new_loads.extend(meta.loads)
+        self._new_stores.extend(meta.stores)
+        if self._copier is not None and (meta.cancelled_loads or meta.void_below):
+            self._copier.cancel(meta.cancelled_loads, meta.void_below)
+
+    def start_loads(self) -> None:
+        """Queues this step's loads."""
+        while self._new_loads:
+            job = self._new_loads.pop(0)
+            try:
+                self._running_copier().load(job)
+            except BaseException:
+                # vLLM waits for this load: it is reported failed with the next results.
+                self._doomed.append(job)
+                raise
+
+    def start_stores(self) -> None:
+        """Queues this step's stores: the forward that wrote their blocks has ended."""
+        while self._new_stores:
+            job = self._new_stores.pop(0)
+            try:
+                self._running_copier().store(job)
+            except BaseException:
+                self._unreported = self._unreported.aggregate(WorkerReport({job.job_id: {self._part: 0}}))
+                raise
+
+    def _running_copier(self) -> Copier:
+        if self._copier is None:
+            membership = Membership(self._part, self._layout_json, self._options.socket_dir, connect=self._connect)
+            self._copier = Copier(self._paged, membership, self._logger, self._stats)
+        return self._copier
+
+    def transfers(self) -> tuple[set[str], set[str]]:
+        """(requests whose load has ended, those of them that failed) since the last call; keeps the stores' ends."""
+        ended = self._copier.take_ended() if self._copier is not None else Ended()
+        doomed, self._doomed = self._doomed, []
+        for job in doomed:
+            ended.loaded.add(job.req_id)
+            ended.failed.add(job.req_id)
+            ended.failed_blocks.update(job.block_ids.tolist())
+        self._failed_blocks |= ended.failed_blocks
+        if ended.stored or ended.refusal:
+            stores = {job_id: {self._part: committed} for job_id, committed in ended.stored.items()}
+            self._unreported = self._unreported.aggregate(WorkerReport(stores, ended.refusal))
+        return ended.loaded, ended.failed
+
+    def take_failed_blocks(self) -> set[int]:
+        """Engine blocks of loads that failed since the last call."""
+        blocks, self._failed_blocks = self._failed_blocks, set()
+        return blocks
+
+    def take_report(self) -> WorkerReport | None:
+        """Stores that have ended since the last call, None if none has."""
+        report, self._unreported = self._unreported, WorkerReport()
+        return report if report.stores or report.refusal else None

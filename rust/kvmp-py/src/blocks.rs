@@ -1,0 +1,84 @@
+//! Copies: `Client.store_blocks`, `Client.load_blocks`.
+
+use kvmp_client::{ClientError, PartsAt};
+use numpy::PyArray1;
+use pyo3::prelude::*;
+
+use crate::arguments::{array, list};
+use crate::client::Client;
+use crate::errors::{OrRaise, invalid};
+use crate::layout::BlockLayout;
+use crate::namespace::Namespace;
+
+/// Copies of more bytes give the GIL away.
+const KEEP_GIL_BYTES: u64 = 64 << 10;
+
+/// Block ids as copies take them.
+fn block_ids(argument: &Bound<'_, PyAny>, layout: &BlockLayout) -> PyResult<Vec<u32>> {
+    let num_blocks = layout.inner.num_blocks();
+    let bad = |id| invalid(argument.py(), "block_ids", format!("{id} is out of range: there are {num_blocks} blocks"));
+    let ids = list::<i64>(argument, "block_ids")?;
+    ids.into_iter().map(|id| u32::try_from(id).ok().filter(|&id| id < num_blocks).ok_or_else(|| bad(id))).collect()
+}
+
+fn copying<T: Send>(py: Python<'_>, at: &PartsAt, copy: impl FnOnce() -> Result<T, ClientError> + Send) -> PyResult<T> {
+    let bytes = at.bytes.saturating_mul(at.offsets.len() as u64);
+    if bytes <= KEEP_GIL_BYTES { copy() } else { py.detach(copy) }.or_raise(py)
+}
+
+#[pymethods]
+impl Client {
+    /// Copies blocks of paged memory into this client's part of slots; returns when all bytes are there.
+    ///
+    /// block_ids int64 `(n,)`, slots uint32 `(n,)`. An open write lease of the namespace's server epoch must cover
+    /// the slots; `server_epoch`, where given, is the lease's and is compared.
+    #[pyo3(signature = (layout, namespace, group, block_ids, slots, threads=None, server_epoch=None))]
+    #[expect(clippy::too_many_arguments, reason = "arguments of Python")]
+    fn store_blocks(
+        &self,
+        py: Python<'_>,
+        layout: &BlockLayout,
+        namespace: &Namespace,
+        group: u16,
+        block_ids: &Bound<'_, PyAny>,
+        slots: &Bound<'_, PyAny>,
+        threads: Option<usize>,
+        server_epoch: Option<u64>,
+    ) -> PyResult<()> {
+        let (blocks, slots) = (self::block_ids(block_ids, layout)?, list::<u32>(slots, "slots")?);
+        server_epoch.map_or(Ok(()), |epoch| self.inner.check_epoch(epoch)).or_raise(py)?;
+        let at = self.inner.parts_at(&namespace.inner, group, &slots).or_raise(py)?;
+        copying(py, &at, || {
+            // SAFETY: Python's caller vouches for the memory that the layout names (it holds the tensors) and for the
+            // lease.
+            unsafe { self.inner.store_blocks(&layout.inner, &at, &blocks, threads) }
+        })
+    }
+
+    /// Copies this client's part of slots into blocks of paged memory, then checks the slot words: bool `(n,)`, False
+    /// where the slot was not the one leased during the whole copy and the block holds garbage.
+    ///
+    /// block_ids int64 `(n,)`, slots uint32 `(n,)`, words uint64 `(n,)`.
+    #[pyo3(signature = (layout, namespace, group, block_ids, slots, words, threads=None))]
+    #[expect(clippy::too_many_arguments, reason = "arguments of Python")]
+    fn load_blocks<'py>(
+        &self,
+        py: Python<'py>,
+        layout: &BlockLayout,
+        namespace: &Namespace,
+        group: u16,
+        block_ids: &Bound<'py, PyAny>,
+        slots: &Bound<'py, PyAny>,
+        words: &Bound<'py, PyAny>,
+        threads: Option<usize>,
+    ) -> PyResult<Bound<'py, PyArray1<bool>>> {
+        let blocks = self::block_ids(block_ids, layout)?;
+        let (slots, words) = (list::<u32>(slots, "slots")?, list::<u64>(words, "words")?);
+        let at = self.inner.parts_at(&namespace.inner, group, &slots).or_raise(py)?;
+        let ok = copying(py, &at, || {
+            // SAFETY: Python's caller vouches for the memory that the layout names.
+            unsafe { self.inner.load_blocks(&layout.inner, &at, &blocks, &slots, &words, threads) }
+        })?;
+        Ok(array(py, &ok))
+    }
+}

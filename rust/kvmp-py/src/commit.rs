@@ -1,0 +1,67 @@
+//! What a worker says of its part: `Client.commit`, `Client.abort`; and `Client.check`.
+
+use kvmp_core::slot::PartSum;
+use numpy::PyArray1;
+use pyo3::prelude::*;
+
+use crate::arguments::{array, list};
+use crate::client::Client;
+use crate::errors::{OrRaise, invalid};
+use crate::wait::bounded;
+
+/// Sums `(n,)` of uint64 as the wire has them. The length of a part is the namespace's, so it is not repeated here.
+fn part_sums(py: Python<'_>, sums: Option<&Bound<'_, PyAny>>, slots: usize) -> PyResult<Option<Vec<PartSum>>> {
+    let Some(sums) = sums else { return Ok(None) };
+    let sums = list::<u64>(sums, "sums")?;
+    if sums.len() != slots {
+        return Err(invalid(py, "sums", format!("{} sums for {slots} slots", sums.len())));
+    }
+    let sum = |xxh3| PartSum { xxh3, length: 0, flags: PartSum::HAS_SUM };
+    Ok(Some(sums.into_iter().map(sum).collect()))
+}
+
+#[pymethods]
+impl Client {
+    /// Says that this client's part of some slots is written; returns how many the server took.
+    ///
+    /// slots uint32 `(n,)`, words uint64 `(n,)` of the grant; sums: xxh3-64 of each part, uint64 `(n,)`, or None.
+    #[pyo3(signature = (lease_id, slots, words, sums=None, timeout_ms=100.0))]
+    fn commit(
+        &self,
+        py: Python<'_>,
+        lease_id: u64,
+        slots: &Bound<'_, PyAny>,
+        words: &Bound<'_, PyAny>,
+        sums: Option<&Bound<'_, PyAny>>,
+        timeout_ms: f64,
+    ) -> PyResult<u32> {
+        let (slots, words) = (list::<u32>(slots, "slots")?, list::<u64>(words, "words")?);
+        let sums = part_sums(py, sums, slots.len())?;
+        bounded(py, timeout_ms, |bound| self.inner.commit(lease_id, &slots, &words, sums.as_deref(), bound))
+    }
+
+    /// Gives up this client's part of some slots; returns how many the server took.
+    #[pyo3(signature = (lease_id, slots, words, timeout_ms=100.0))]
+    fn abort(
+        &self,
+        py: Python<'_>,
+        lease_id: u64,
+        slots: &Bound<'_, PyAny>,
+        words: &Bound<'_, PyAny>,
+        timeout_ms: f64,
+    ) -> PyResult<u32> {
+        let (slots, words) = (list::<u32>(slots, "slots")?, list::<u64>(words, "words")?);
+        bounded(py, timeout_ms, |bound| self.inner.abort(lease_id, &slots, &words, bound))
+    }
+
+    /// Whether each slot still has its leased word, bool `(n,)`; no message. After the copy has ended.
+    fn check<'py>(
+        &self,
+        py: Python<'py>,
+        slots: &Bound<'py, PyAny>,
+        words: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyArray1<bool>>> {
+        let (slots, words) = (list::<u32>(slots, "slots")?, list::<u64>(words, "words")?);
+        Ok(array(py, &self.inner.check(&slots, &words).or_raise(py)?))
+    }
+}

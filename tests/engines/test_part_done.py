@@ -1,0 +1,191 @@
+"""Aborts and deaths while a copy is part done, held there: nothing wrong is read afterwards, nothing stays behind.
+
+Every test first sees that a block of the copy has passed the gate, and that another has not.
+"""
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import kvmp
+from demo.engine import Engine, Pending
+from tests.engines.conftest import StartEngine
+from tests.engines.gate import Gate
+from tests.engines.harness import (
+    BLOCK,
+    NEW_TOKENS,
+    Reference,
+    await_backing,
+    forget,
+    random_prompt,
+    stats,
+    until,
+)
+
+BLOCKS = 10
+TOKENS = BLOCKS * BLOCK + 5
+CYCLE = 8  # prompts of so many tokens that take every slot of the arena anew
+
+
+@dataclass(frozen=True)
+class Restartable:
+    """Servers one after another on one segment and one socket."""
+
+    folder: Path
+
+    def start(self) -> kvmp.Server:
+        # 32 slots of 128 KiB: what is evicted is granted again at once
+        name, socket = f"part-done-{self.folder.name}", self.folder / "kvmp.sock"
+        server = kvmp.launch("4MiB", chunk="2MiB", name=name, socket=socket)
+        await_backing(server)
+        return server
+
+
+@dataclass
+class Scene:
+    successors: Restartable
+    server: kvmp.Server
+    held: Engine
+    """Its copies stop at the gate."""
+    free: Engine
+    """Its copies do not."""
+    gate: Gate
+
+    def restart_server(self) -> None:
+        self.server.kill()
+        self.server = self.successors.start()
+        until(lambda: stats(self.server)["engines"] == 2, "both engines attached to the new server")
+
+    def begin_store(self, prompt: list[int], new_tokens: int = NEW_TOKENS) -> Pending:
+        """A request whose prompt's store is part done."""
+        self.gate.hold()
+        pending = self.held.submit(prompt, new_tokens)
+        until(lambda: self.gate.passed("store"), "a block stored")
+        assert stats(self.server)["blocks_writing"] > 0
+        return pending
+
+    def begin_load(self, prompt: list[int]) -> Pending:
+        """A request whose prompt is in kvmp, its load part done."""
+        self.store_whole(prompt)
+        self.gate.hold()
+        pending = self.held.submit(prompt, NEW_TOKENS)
+        until(lambda: self.gate.passed("load"), "a block loaded")
+        assert self.gate.passed("load") < BLOCKS
+        assert not pending.done()
+        return pending
+
+    def store_whole(self, prompt: list[int]) -> None:
+        before = stats(self.server)["committed_blocks"]
+        self.held.generate([prompt], 1)
+        until(lambda: stats(self.server)["committed_blocks"] >= before + BLOCKS, "the prompt stored")
+        forget(self.held)
+
+    def cycle_arena(self, reference: Reference) -> None:
+        """Have the other engine fill every slot with other KV, all of it right."""
+        before = stats(self.server)["evictions"]
+        for number in range(CYCLE):
+            prompt = random_prompt(f"cycle {number}", TOKENS)
+            (output,) = self.free.generate([prompt], NEW_TOKENS)
+            assert output.tokens == reference.tokens(prompt)
+            forget(self.free)
+        assert stats(self.server)["evictions"] > before
+
+    def assert_right(self, prompt: list[int], reference: Reference) -> None:
+        """Both engines answer rightly, whatever kvmp has for them by now."""
+        for engine in (self.held, self.free):
+            forget(engine)
+            assert engine.generate([prompt], NEW_TOKENS)[0].tokens == reference.tokens(prompt)
+
+    def assert_nothing_open(self) -> None:
+        def closed() -> bool:
+            now = stats(self.server)
+            return not any(now[key] for key in ("blocks_writing", "blocks_quarantined", "read_leases", "write_leases"))
+
+        until(closed, "every lease ended and every slot ready or free")
+
+
+@pytest.fixture(scope="module")
+def scene(start_engine: StartEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    folder = tmp_path_factory.mktemp("scene")
+    gate, successors = Gate(folder), Restartable(folder)
+    first = successors.start()
+    held = start_engine(endpoint=first.endpoint, connector_module="tests.engines.held_copies", env=gate.environment)
+    free = start_engine(endpoint=first.endpoint)
+    scene = Scene(successors, first, held.wait_up(), free.wait_up(), gate)
+    yield scene
+    gate.open()
+    scene.server.close()
+
+
+@pytest.fixture(autouse=True)
+def _open_gate(scene: Scene) -> Iterator[None]:
+    yield
+    scene.gate.open()
+
+
+def test_abort_in_mid_load(scene: Scene, reference: Reference) -> None:
+    prompt = random_prompt("abort in mid-load", TOKENS)
+    pending = scene.begin_load(prompt)
+    scene.held.abort(pending)
+    scene.gate.open()
+    assert pending.result().finish == "abort"
+    scene.assert_right(prompt, reference)
+    scene.assert_nothing_open()
+
+
+def test_abort_in_mid_store(scene: Scene, reference: Reference) -> None:
+    prompt = random_prompt("abort in mid-store", TOKENS)
+    pending = scene.begin_store(prompt, new_tokens=4_000)
+    scene.held.abort(pending)
+    assert pending.result().finish == "abort"
+    assert scene.gate.passed("store") < BLOCKS
+    scene.gate.open()
+    scene.assert_nothing_open()
+    scene.assert_right(prompt, reference)
+
+
+def test_server_killed_in_mid_load(scene: Scene, reference: Reference) -> None:
+    """The new server knows nothing of the lease, and grants the leased slots again while they are read."""
+    prompt = random_prompt("server killed in mid-load", TOKENS)
+    pending = scene.begin_load(prompt)
+    failed = scene.held.counters().get("kvmp_failed_load_blocks", 0)
+    scene.restart_server()
+    scene.cycle_arena(reference)
+    scene.gate.open()
+    assert pending.result().tokens == reference.tokens(prompt)
+    assert scene.held.counters()["kvmp_failed_load_blocks"] > failed
+    scene.assert_right(prompt, reference)
+    scene.assert_nothing_open()
+
+
+def test_server_killed_in_mid_store(scene: Scene, reference: Reference) -> None:
+    """The new server leaves the slots alone that are still written to, until the writer has let go."""
+    prompt = random_prompt("server killed in mid-store", TOKENS)
+    pending = scene.begin_store(prompt)
+    scene.restart_server()
+    assert stats(scene.server)["blocks_quarantined"] > 0
+    scene.cycle_arena(reference)
+    assert scene.gate.passed("store") < BLOCKS
+    scene.gate.open()
+    assert pending.result().tokens == reference.tokens(prompt)
+    scene.assert_nothing_open()
+    scene.assert_right(prompt, reference)
+
+
+def test_scheduler_killed_while_its_worker_copies(scene: Scene, reference: Reference) -> None:
+    """The last test of the scene: its engine dies. Slots that its frozen worker may write to are not granted."""
+    prompt = random_prompt("scheduler killed", TOKENS)
+    scene.begin_store(prompt)
+    worker = scene.held.process_named("VLLM::Worker")
+    worker.signal(signal.SIGSTOP)
+    scene.held.process_named("VLLM::EngineCore").signal(signal.SIGKILL)
+    quarantined = until(lambda: stats(scene.server)["blocks_quarantined"], "the open slots quarantined")
+    scene.cycle_arena(reference)
+    assert stats(scene.server)["blocks_quarantined"] == quarantined
+    scene.held.kill()
+    scene.assert_nothing_open()
+    (output,) = scene.free.generate([prompt], NEW_TOKENS)
+    assert output.tokens == reference.tokens(prompt)

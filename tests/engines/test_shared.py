@@ -1,0 +1,69 @@
+"""Two engines on one server at once."""
+
+from collections.abc import Iterator
+
+import pytest
+
+import kvmp
+from demo.engine import Engine
+from tests.engines.conftest import StartEngine
+from tests.engines.harness import (
+    BLOCK,
+    NEW_TOKENS,
+    Reference,
+    await_blocks,
+    forget,
+    loaded_tokens,
+    random_prompt,
+    stats,
+)
+
+Pair = tuple[kvmp.Server, Engine, Engine]
+
+
+@pytest.fixture(scope="module")
+def pair(start_engine: StartEngine) -> Iterator[Pair]:
+    with kvmp.launch("256MiB") as server:
+        engines = [start_engine(endpoint=server.endpoint) for _ in range(2)]
+        yield server, engines[0].wait_up(), engines[1].wait_up()
+
+
+def test_each_finds_what_the_other_stored(pair: Pair, reference: Reference) -> None:
+    server, one, other = pair
+    prompts = {one: random_prompt("of one", 300), other: random_prompt("of the other", 300)}
+    for engine, prompt in prompts.items():
+        engine.generate([prompt], 1)
+    await_blocks(server, 2 * (300 // BLOCK))
+    for engine, prompt in ((one, prompts[other]), (other, prompts[one])):
+        before = loaded_tokens(engine)
+        (output,) = engine.generate([prompt], NEW_TOKENS)
+        assert output.tokens == reference.tokens(prompt)
+        assert loaded_tokens(engine) - before == 300 // BLOCK * BLOCK
+
+
+def test_both_at_the_same_prompts_at_the_same_time(pair: Pair, reference: Reference) -> None:
+    """Whoever reserves a block first writes it; the other is told so, computes it too, and both are right."""
+    server, one, other = pair
+    prompts = [random_prompt(f"together {number}", 200 + 17 * number) for number in range(6)]
+    for _ in range(3):
+        pending = [(engine.submit(prompt, NEW_TOKENS), prompt) for prompt in prompts for engine in (one, other)]
+        for request, prompt in pending:
+            assert request.result().tokens == reference.tokens(prompt)
+        for engine in (one, other):
+            forget(engine)
+    assert loaded_tokens(one) > 0
+    assert loaded_tokens(other) > 0
+    assert stats(server)["protocol_errors"] == 0
+
+
+def test_an_engine_that_is_killed_costs_the_other_nothing(pair: Pair, reference: Reference) -> None:
+    server, one, other = pair
+    prompt = random_prompt("of the killed", 500)
+    one.generate([prompt], 1)
+    await_blocks(server, 500 // BLOCK)
+    pending = one.submit(random_prompt("cut off", 2_000), 500)
+    one.kill()
+    assert pending.done()
+    (output,) = other.generate([prompt], NEW_TOKENS)
+    assert output.tokens == reference.tokens(prompt)
+    assert output.cached_tokens == 500 // BLOCK * BLOCK

@@ -1,0 +1,88 @@
+"""`kvmp.launch`: a real server as a child process, from start to end."""
+
+import os
+import signal
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+import kvmp
+from kvmp.errors import ConnectError
+
+SIZE = "64MiB"
+
+
+def _ping(server: kvmp.Server) -> float:
+    with closing(kvmp.Client.connect(server.endpoint, role="tool")) as client:
+        return client.ping(timeout_ms=5000)
+
+
+def test_a_launched_server_answers_at_once() -> None:
+    with kvmp.launch(SIZE) as server:
+        assert _ping(server) > 0
+        assert server.pid == server.process.pid
+        assert server.segment_path.exists()
+
+
+def test_leaving_the_block_drains_the_server_and_leaves_nothing() -> None:
+    with kvmp.launch(SIZE) as server:
+        pass
+    assert server.process.returncode == 0
+    assert not server.segment_path.exists()
+    assert not server.socket_path.exists()
+    assert not server.log_path.exists()
+
+
+def test_an_ephemeral_server_that_was_killed_leaves_nothing_either() -> None:
+    with kvmp.launch(SIZE) as server:
+        assert server.kill() == -signal.SIGKILL
+        assert server.segment_path.exists()
+    assert not server.segment_path.exists()
+
+
+def test_a_lasting_server_keeps_its_segment_for_the_next_one(tmp_path: Path) -> None:
+    name = f"test-{os.getpid()}"
+    try:
+        with kvmp.launch(SIZE, name=name, ephemeral=False) as first, closing(_tool(first)) as client:
+            segment = client.segment_id
+        assert first.segment_path.exists()
+        with kvmp.launch(SIZE, name=name, socket=tmp_path / "kvmp.sock") as second, closing(_tool(second)) as client:
+            assert client.segment_id == segment
+    finally:
+        first.segment_path.unlink(missing_ok=True)
+
+
+def _tool(server: kvmp.Server) -> kvmp.Client:
+    return kvmp.Client.connect(server.endpoint, role="tool")
+
+
+def test_a_server_that_cannot_start_says_why_in_its_own_words() -> None:
+    with pytest.raises(kvmp.KvmpError, match=r"(?s)ended with code [1-9]\d* before it was ready:\n.*nonsense"):
+        kvmp.launch(SIZE, policy="nonsense")
+
+
+def test_a_server_that_stays_silent_is_given_up_and_ended() -> None:
+    with pytest.raises(kvmp.KvmpError, match=r"not ready within 0\.0 s"):
+        kvmp.launch(SIZE, timeout_s=0.0)
+
+
+def test_a_socket_that_is_in_use_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "kvmp.sock"
+    with kvmp.launch(SIZE, socket=path) as server:
+        with pytest.raises(kvmp.KvmpError, match="a server already answers"):
+            kvmp.launch(SIZE, socket=path)
+        assert _ping(server) > 0
+
+
+def test_a_server_that_hangs_is_killed_after_its_time() -> None:
+    with kvmp.launch(SIZE) as server:
+        server.process.send_signal(signal.SIGSTOP)
+        assert server.stop(timeout_s=0.2) == -signal.SIGKILL
+
+
+def test_a_client_of_a_stopped_server_is_refused() -> None:
+    with kvmp.launch(SIZE) as server:
+        server.stop()
+        with pytest.raises(ConnectError, match=str(server.socket_path)):
+            kvmp.Client.connect(server.endpoint, role="tool")

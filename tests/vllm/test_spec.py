@@ -1,0 +1,133 @@
+"""Identity: equal engines agree, and every fact that shapes bytes separates."""
+
+import os
+
+import fakes
+import pytest
+
+from kvmp.vllm import compat, spec
+from kvmp.vllm.metadata import PartMeta
+from kvmp.vllm.weights import adapter_digest, local_weights_digest
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"header and weights")
+    return tmp_path
+
+
+def parts(count=1, layout='{"runs": 1}'):
+    return {(0, i): PartMeta(i, 64, layout, '{"packing": "vec"}') for i in range(count)}
+
+
+def digest(config, given=None):
+    ordered = spec.ordered_parts(given or parts(config.parallel_config.tensor_parallel_size), config)
+    return spec.build_spec(config, fakes.BLOCK, ordered).digest()
+
+
+def test_equal_engines_agree(model):
+    assert digest(fakes.engine_config(str(model))) == digest(fakes.engine_config(str(model)))
+
+
+CHANGES = {
+    "dtype": lambda c: setattr(c.model_config, "dtype", "torch.bfloat16"),
+    "revision": lambda c: setattr(c.model_config, "revision", "abc"),
+    "quantization": lambda c: setattr(c.model_config, "quantization", "fp8"),
+    "rope": lambda c: setattr(c.model_config.hf_config, "to_dict", lambda: {"rope_theta": 5.0}),
+    "max_model_len": lambda c: setattr(c.model_config, "max_model_len", 64),
+    "load_format": lambda c: setattr(c.load_config, "load_format", "dummy"),
+    "cache_dtype": lambda c: setattr(c.cache_config, "cache_dtype", "fp8"),
+    "hash algorithm": lambda c: setattr(c.cache_config, "prefix_caching_hash_algo", "sha256_cbor"),
+    "pipeline": lambda c: setattr(c.parallel_config, "decode_context_parallel_size", 2),
+    "draft": lambda c: setattr(c, "speculative_config", fakes.SimpleNamespace(method="eagle", model=None)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_each_fact_separates(model, change):
+    plain, other = fakes.engine_config(str(model)), fakes.engine_config(str(model))
+    CHANGES[change](other)
+    assert digest(plain) != digest(other)
+
+
+def test_seed_counts_only_with_dummy_weights(model):
+    for load_format, same in (("auto", True), ("dummy", False)):
+        configs = [fakes.engine_config(str(model)) for _ in range(2)]
+        for seed, config in enumerate(configs):
+            config.load_config.load_format, config.model_config.seed = load_format, seed
+        assert (digest(configs[0]) == digest(configs[1])) == same
+
+
+def test_layout_size_and_place_of_the_model_files_count(model):
+    config = fakes.engine_config(str(model))
+    before = digest(config)
+    assert digest(config, parts(layout='{"runs": 2}')) != before
+    os.utime(model / "model.safetensors", (1, 1))
+    assert digest(config) != before
+
+
+def test_where_a_config_came_from_does_not_count(model):
+    plain, other = fakes.engine_config(str(model)), fakes.engine_config(str(model))
+    other.model_config.hf_config.to_dict = lambda: {"rope_theta": 10000.0, "hidden_size": 8, "_name_or_path": "else"}
+    assert digest(plain) == digest(other)
+
+
+def test_hash_seed(model, monkeypatch):
+    config = fakes.engine_config(str(model))
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    before = digest(config)
+    monkeypatch.setenv("PYTHONHASHSEED", "7")
+    assert digest(config) != before
+    monkeypatch.delenv("PYTHONHASHSEED")
+    config.cache_config.prefix_caching_hash_algo = "xxhash"
+    assert digest(config) != digest(config)
+
+
+def test_parts_must_be_complete_and_in_place(model):
+    config = fakes.engine_config(str(model), tp=2)
+    with pytest.raises(spec.SpecRefusedError, match="2 workers"):
+        spec.ordered_parts(parts(1), config)
+    with pytest.raises(spec.SpecRefusedError, match="2 workers"):
+        spec.ordered_parts({}, config)
+    swapped = {(0, 0): PartMeta(1, 64), (0, 1): PartMeta(0, 64)}
+    with pytest.raises(spec.SpecRefusedError, match="says it is part 1"):
+        spec.ordered_parts(swapped, config)
+    with pytest.raises(spec.SpecRefusedError, match="no CUDA yet"):
+        spec.ordered_parts({(0, 0): PartMeta(0, off="no CUDA yet"), (0, 1): PartMeta(1, 64)}, config)
+
+
+def test_pipeline_stages_are_ordered_before_tensor_ranks(model):
+    config = fakes.engine_config(str(model), tp=2)
+    config.parallel_config.pipeline_parallel_size = 2
+    given = {(pp, tp): PartMeta(pp * 2 + tp, 64) for pp in (1, 0) for tp in (1, 0)}
+    assert [part.part for part in spec.ordered_parts(given, config)] == [0, 1, 2, 3]
+
+
+def test_run_time_scales_are_refused(model):
+    config = fakes.engine_config(str(model))
+    config.cache_config.calculate_kv_scales = True
+    with pytest.raises(spec.SpecRefusedError, match="calculate_kv_scales"):
+        digest(config)
+
+
+def test_weights_and_adapters(tmp_path):
+    assert local_weights_digest("org/model-on-a-hub") is None
+    with pytest.raises(OSError, match="no adapter files"):
+        adapter_digest(str(tmp_path / "none"))
+    (tmp_path / "a").write_bytes(b"x" * 100_000)
+    before = adapter_digest(str(tmp_path)), local_weights_digest(str(tmp_path))
+    content = bytearray(b"x" * 100_000)
+    content[-1] = 0
+    stamp = (tmp_path / "a").stat()
+    (tmp_path / "a").write_bytes(content)
+    os.utime(tmp_path / "a", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    # An adapter is told by its bytes; a model, which is large, by names, sizes, times and headers.
+    assert adapter_digest(str(tmp_path)) != before[0]
+    assert local_weights_digest(str(tmp_path)) == before[1]
+
+
+def test_context_parallel_engines_are_refused(model):
+    config = fakes.engine_config(str(model))
+    assert compat.unsupported_parallel(config) is None
+    config.parallel_config.prefill_context_parallel_size = 2
+    assert "prefill_context_parallel_size is 2" in compat.unsupported_parallel(config)
