@@ -1,4 +1,5 @@
 //! What every eviction policy must do, run for each of [`POLICIES`] and against broken ones that must fail.
+#![expect(clippy::unwrap_used, reason = "a test's fixtures panic where a test may")]
 
 use std::collections::BTreeMap;
 

@@ -57,13 +57,8 @@ impl<T: SlotTable> BlockStore<T> {
             return Err(StoreError::Parent { first_block, parent });
         }
         self.counters.reserves += 1;
-        let (before, stopped) = match parent.filter(|_| prefix) {
-            None => (HEAD, None),
-            Some(key) => match self.parent_block(namespace, group, &key, first_block) {
-                Some(before) => (before, None),
-                None => (HEAD, Some(ReserveAnswer::NoParent)),
-            },
-        };
+        let before = parent.filter(|_| prefix).map(|key| self.parent_block(namespace, group, &key, first_block));
+        let stopped = matches!(before, Some(None)).then_some(ReserveAnswer::NoParent);
         let lease = self.new_lease();
         self.writes.insert(lease, WriteLease::new(engine, pages, parts));
         self.engine(engine);
@@ -74,7 +69,7 @@ impl<T: SlotTable> BlockStore<T> {
             group,
             prefix,
             position: first_block,
-            before,
+            before: before.flatten().unwrap_or(HEAD),
             stopped,
             granted: 0,
             may_move: true,
@@ -96,7 +91,8 @@ impl<T: SlotTable> BlockStore<T> {
         self.guard_before(cursor);
     }
 
-    /// Ends a reservation; from now on its lease ends with its last slot.
+    /// Ends a reservation; from now on its lease ends with its last slot. To give one up between two
+    /// slices, finish it and `cancel` its lease.
     pub fn reserve_finish(&mut self, cursor: ReserveCursor) -> ReserveReply {
         self.guard(cursor.lease, None);
         if let Some(lease) = self.writes.get_mut(&cursor.lease) {

@@ -23,6 +23,14 @@ pub enum ChunkState {
     },
 }
 
+impl ChunkState {
+    /// Whether the chunk has slots.
+    #[must_use]
+    pub fn has_slots(self) -> bool {
+        matches!(self, Self::Assigned { .. } | Self::Draining { .. })
+    }
+}
+
 /// The slot table: slot words, records, sums of parts and chunk words.
 ///
 /// The store names only slots of chunks it assigned and keeps to `Free -> Writing -> Ready -> Free`

@@ -1,4 +1,5 @@
 //! The block store at its boundary.
+#![expect(clippy::unwrap_used, reason = "a test's fixtures panic where a test may")]
 
 mod fixture;
 mod logged;
