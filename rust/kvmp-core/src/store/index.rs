@@ -1,6 +1,7 @@
 //! From (namespace, group, key) to slot; full keys are compared.
 
 use hashbrown::HashTable;
+use hashbrown::hash_table::Entry;
 
 use crate::ids::{BlockKey, GroupId, NamespaceId, SlotId};
 use crate::per_slot::PerSlot;
@@ -67,6 +68,22 @@ impl Index {
     pub fn insert(&mut self, blocks: &PerSlot<Block>, slot: SlotId) {
         let hash = hash_of(blocks, slot.0);
         self.table.insert_unique(hash, slot.0, |slot| hash_of(blocks, *slot));
+    }
+
+    /// Inserts a block unless another has its identity; returns whether it did.
+    pub fn insert_new(&mut self, blocks: &PerSlot<Block>, slot: SlotId) -> bool {
+        let (hash, new) = (hash_of(blocks, slot.0), &blocks[slot]);
+        let same = |other: &u32| {
+            let other = &blocks[SlotId(*other)];
+            other.key == new.key && other.namespace == new.namespace && other.group == new.group
+        };
+        match self.table.entry(hash, same, |slot| hash_of(blocks, *slot)) {
+            Entry::Occupied(_) => false,
+            Entry::Vacant(place) => {
+                place.insert(slot.0);
+                true
+            }
+        }
     }
 
     pub fn remove(&mut self, blocks: &PerSlot<Block>, slot: SlotId) {

@@ -214,7 +214,9 @@ impl<T: SlotTable> BlockStore<T> {
         debug_assert_eq!(word.state(), Ok(SlotState::Writing));
         // The record may hold the time of the block that was there before.
         self.table.touch(slot, cursor.now.touched());
-        self.enter(slot, &identity, word, BlockState::Writing);
+        self.describe(slot, &identity, word, BlockState::Writing);
+        self.index.insert(&self.blocks.hot, slot);
+        self.count_in(slot);
         self.blocks.attach(slot);
         let class = self.class_at(slot);
         self.classes[class].policy.insert(slot, cursor.now);
@@ -223,13 +225,17 @@ impl<T: SlotTable> BlockStore<T> {
         word
     }
 
-    /// Makes the block known: fields, index, counts.
-    pub(super) fn enter(&mut self, slot: SlotId, identity: &BlockIdentity, word: SlotWord, state: BlockState) {
+    /// Sets a slot's fields; it is in no index, chain or count yet.
+    pub(super) fn describe(&mut self, slot: SlotId, identity: &BlockIdentity, word: SlotWord, state: BlockState) {
         let BlockIdentity { key, namespace, group, position, parent, .. } = *identity;
         let child = SlotId::NONE;
         self.blocks.hot[slot] =
             Block { key, word, parent, child, position, pins: 0, namespace, group, state, blocked: false };
-        self.index.insert(&self.blocks.hot, slot);
+    }
+
+    /// Counts a block that is in the index.
+    pub(super) fn count_in(&mut self, slot: SlotId) {
+        let Block { state, namespace, .. } = self.blocks.hot[slot];
         *self.blocks_by_state.of(state) += 1;
         if let Some(Some(namespace)) = self.namespaces.get_mut(usize::from(namespace.0)) {
             namespace.slots += 1;

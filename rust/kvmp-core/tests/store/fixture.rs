@@ -77,6 +77,7 @@ pub fn recovered(table: HeapTable, specs: &[NamespaceSpec]) -> (BlockStore<HeapT
     for (id, spec) in specs.iter().enumerate() {
         store.add_namespace(NamespaceId(id as u16), spec).unwrap();
     }
+    store.recover_begin(found.iter().map(|(_, _, records)| records.len() as u64).sum());
     for (chunk, state, records) in found {
         match state.unwrap() {
             ChunkState::Cold => {}
