@@ -146,3 +146,14 @@ pub(super) fn evictable(blocks: &PerSlot<Block>, slot: SlotId) -> bool {
     let block = &blocks[slot];
     block.state == BlockState::Ready && block.pins == 0 && !block.child.is_some()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_takes_what_the_memory_budget_allows() {
+        // 16 bytes a slot are the policy's, 12 at most the index's, of 128.
+        assert_eq!((size_of::<Block>(), size_of::<Links>()), (64, 12));
+    }
+}

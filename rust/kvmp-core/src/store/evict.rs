@@ -2,7 +2,7 @@
 //! Writing slot, and leaves first, so that a pin on the tip of a run protects the run.
 
 use crate::clock::Ticks;
-use crate::ids::{NamespaceId, SlotId};
+use crate::ids::{ChunkId, NamespaceId, SlotId};
 
 use super::BlockStore;
 use super::answers::{ReserveAnswer, TooFewVictims};
@@ -164,7 +164,7 @@ impl<T: SlotTable> BlockStore<T> {
         let marked = self.mark_blocked();
         let mut count = 0;
         for chunk in 0..self.config.geometry.chunks {
-            for slot in self.blocks.hot.slots_in(crate::ids::ChunkId(chunk)) {
+            for slot in self.blocks.hot.slots_in(ChunkId(chunk)) {
                 if self.clears(slot, namespace) {
                     count += self.evict_subtree(slot);
                 }

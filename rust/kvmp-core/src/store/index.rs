@@ -1,6 +1,7 @@
 //! From (namespace, group, key) to slot; full keys are compared.
 
 use hashbrown::HashTable;
+use hashbrown::hash_table::Entry;
 
 use crate::ids::{BlockKey, GroupId, NamespaceId, SlotId};
 use crate::per_slot::PerSlot;
@@ -52,6 +53,13 @@ impl Index {
         self.table.find(hash, same).map(|slot| SlotId(*slot))
     }
 
+    /// The first slot whose tag agrees, its key not compared: wrong for about one key in a hundred.
+    /// It reads the table only, so that a slice's misses of table and of blocks overlap.
+    #[inline]
+    pub fn guess(&self, hash: u64) -> SlotId {
+        self.table.iter_hash(hash).next().map_or(SlotId::NONE, |slot| SlotId(*slot))
+    }
+
     /// Room for `more` blocks, so that grants do not meet a rehash one by one.
     pub fn reserve(&mut self, blocks: &PerSlot<Block>, more: usize) {
         self.table.reserve(more, |slot| hash_of(blocks, *slot));
@@ -60,6 +68,22 @@ impl Index {
     pub fn insert(&mut self, blocks: &PerSlot<Block>, slot: SlotId) {
         let hash = hash_of(blocks, slot.0);
         self.table.insert_unique(hash, slot.0, |slot| hash_of(blocks, *slot));
+    }
+
+    /// Inserts a block unless another has its identity; returns whether it did.
+    pub fn insert_new(&mut self, blocks: &PerSlot<Block>, slot: SlotId) -> bool {
+        let (hash, new) = (hash_of(blocks, slot.0), &blocks[slot]);
+        let same = |other: &u32| {
+            let other = &blocks[SlotId(*other)];
+            other.key == new.key && other.namespace == new.namespace && other.group == new.group
+        };
+        match self.table.entry(hash, same, |slot| hash_of(blocks, *slot)) {
+            Entry::Occupied(_) => false,
+            Entry::Vacant(place) => {
+                place.insert(slot.0);
+                true
+            }
+        }
     }
 
     pub fn remove(&mut self, blocks: &PerSlot<Block>, slot: SlotId) {

@@ -11,7 +11,7 @@ use crate::slot::SlotWord;
 
 use super::BlockStore;
 use super::answers::{GroupHit, LookupReply, StoreError};
-use super::blocks::BlockState;
+use super::blocks::{Block, BlockState};
 use super::index;
 use super::leases::ReadLease;
 use super::namespaces::{Group, Namespace};
@@ -108,32 +108,60 @@ impl<T: SlotTable> BlockStore<T> {
         }
     }
 
+    /// In passes over the slice: table, then blocks, then keys. Each is short enough that the processor
+    /// overlaps the misses of many keys.
     fn step_prefix<'a>(
         &mut self,
         namespace: NamespaceId,
         group: usize,
         now: Ticks,
         found: &mut Found,
-        keys: impl Iterator<Item = &'a BlockKey>,
+        keys: impl Iterator<Item = &'a BlockKey> + Clone,
     ) {
         if found.ended {
             return;
         }
-        let group = GroupId(group as u16);
-        let (index, blocks, chunks) = (&self.index, &self.blocks.hot, &mut self.chunks.all);
-        for key in keys {
-            let hash = index::hash(namespace, group, key);
-            let ready = index.find(blocks, hash, namespace, group, key).filter(|slot| {
-                let block = &blocks[*slot];
-                block.state == BlockState::Ready && block.position as usize == found.blocks.len()
-            });
-            let Some(slot) = ready else {
-                found.ended = true;
-                return;
-            };
-            chunks[(slot.0 >> self.chunk_shift) as usize].heat = now;
-            found.blocks.push((slot, blocks[slot].word));
+        let (group, first) = (GroupId(group as u16), found.blocks.len());
+        let (index, blocks) = (&self.index, &self.blocks.hot);
+        let guesses = keys.clone().map(|key| index.guess(index::hash(namespace, group, key)));
+        found.blocks.extend(guesses.map(|slot| (slot, SlotWord(0))));
+        for (slot, word) in &mut found.blocks[first..] {
+            *word = blocks.get(*slot).map_or(SlotWord(0), |block| block.word);
         }
+        let mut position = first;
+        for key in keys {
+            let guess = found.blocks[position].0;
+            let Some(slot) = self.ready_at(namespace, group, key, position as u32, guess) else {
+                found.ended = true;
+                break;
+            };
+            if slot != guess {
+                found.blocks[position] = (slot, self.blocks.hot[slot].word);
+            }
+            self.heat(slot, now);
+            position += 1;
+        }
+        found.blocks.truncate(position);
+    }
+
+    /// The Ready block of this key at this position; `guess` is where it probably is.
+    #[inline]
+    fn ready_at(
+        &self,
+        namespace: NamespaceId,
+        group: GroupId,
+        key: &BlockKey,
+        position: u32,
+        guess: SlotId,
+    ) -> Option<SlotId> {
+        let is_it = |block: &Block| block.key == *key && (block.namespace, block.group) == (namespace, group);
+        let slot = match self.blocks.hot.get(guess) {
+            Some(block) if is_it(block) => guess,
+            Some(_) => self.find(namespace, group, key)?,
+            None => return None,
+        };
+        let block = &self.blocks.hot[slot];
+        (block.state == BlockState::Ready && block.position == position).then_some(slot)
     }
 
     fn step_others<'a>(

@@ -27,7 +27,7 @@ use std::collections::BTreeMap;
 
 use crate::clock::Ticks;
 use crate::geometry::Geometry;
-use crate::ids::{BlockKey, EngineToken, GroupId, LeaseId, NamespaceId, SlotId};
+use crate::ids::{BlockKey, ChunkId, EngineToken, GroupId, LeaseId, NamespaceId, SlotId};
 use crate::policy::PolicyFactory;
 
 pub use answers::{
@@ -142,9 +142,10 @@ impl<T: SlotTable> BlockStore<T> {
         self.index.find(&self.blocks.hot, index::hash(namespace, group, key), namespace, group, key)
     }
 
-    fn chunks_of(&self, class: usize) -> Vec<crate::ids::ChunkId> {
-        let assigned = |c: &chunks::Chunk| c.class == class && Blocks::is_assigned(c.state);
+    /// Chunks of a slot size, the draining one too.
+    fn chunks_of(&self, class: usize) -> Vec<ChunkId> {
+        let assigned = |c: &chunks::Chunk| c.class == class && c.state.has_slots();
         let all = self.chunks.all.iter().enumerate();
-        all.filter(|(_, chunk)| assigned(chunk)).map(|(id, _)| crate::ids::ChunkId(id as u32)).collect()
+        all.filter(|(_, chunk)| assigned(chunk)).map(|(id, _)| ChunkId(id as u32)).collect()
     }
 }

@@ -57,13 +57,8 @@ impl<T: SlotTable> BlockStore<T> {
             return Err(StoreError::Parent { first_block, parent });
         }
         self.counters.reserves += 1;
-        let (before, stopped) = match parent.filter(|_| prefix) {
-            None => (HEAD, None),
-            Some(key) => match self.parent_block(namespace, group, &key, first_block) {
-                Some(before) => (before, None),
-                None => (HEAD, Some(ReserveAnswer::NoParent)),
-            },
-        };
+        let before = parent.filter(|_| prefix).map(|key| self.parent_block(namespace, group, &key, first_block));
+        let stopped = matches!(before, Some(None)).then_some(ReserveAnswer::NoParent);
         let lease = self.new_lease();
         self.writes.insert(lease, WriteLease::new(engine, pages, parts));
         self.engine(engine);
@@ -74,7 +69,7 @@ impl<T: SlotTable> BlockStore<T> {
             group,
             prefix,
             position: first_block,
-            before,
+            before: before.flatten().unwrap_or(HEAD),
             stopped,
             granted: 0,
             may_move: true,
@@ -96,7 +91,8 @@ impl<T: SlotTable> BlockStore<T> {
         self.guard_before(cursor);
     }
 
-    /// Ends a reservation; from now on its lease ends with its last slot.
+    /// Ends a reservation; from now on its lease ends with its last slot. To give one up between two
+    /// slices, finish it and `cancel` its lease.
     pub fn reserve_finish(&mut self, cursor: ReserveCursor) -> ReserveReply {
         self.guard(cursor.lease, None);
         if let Some(lease) = self.writes.get_mut(&cursor.lease) {
@@ -218,7 +214,9 @@ impl<T: SlotTable> BlockStore<T> {
         debug_assert_eq!(word.state(), Ok(SlotState::Writing));
         // The record may hold the time of the block that was there before.
         self.table.touch(slot, cursor.now.touched());
-        self.enter(slot, &identity, word, BlockState::Writing);
+        self.describe(slot, &identity, word, BlockState::Writing);
+        self.index.insert(&self.blocks.hot, slot);
+        self.count_in(slot);
         self.blocks.attach(slot);
         let class = self.class_at(slot);
         self.classes[class].policy.insert(slot, cursor.now);
@@ -227,13 +225,17 @@ impl<T: SlotTable> BlockStore<T> {
         word
     }
 
-    /// Makes the block known: fields, index, counts.
-    pub(super) fn enter(&mut self, slot: SlotId, identity: &BlockIdentity, word: SlotWord, state: BlockState) {
+    /// Sets a slot's fields; it is in no index, chain or count yet.
+    pub(super) fn describe(&mut self, slot: SlotId, identity: &BlockIdentity, word: SlotWord, state: BlockState) {
         let BlockIdentity { key, namespace, group, position, parent, .. } = *identity;
         let child = SlotId::NONE;
         self.blocks.hot[slot] =
             Block { key, word, parent, child, position, pins: 0, namespace, group, state, blocked: false };
-        self.index.insert(&self.blocks.hot, slot);
+    }
+
+    /// Counts a block that is in the index.
+    pub(super) fn count_in(&mut self, slot: SlotId) {
+        let Block { state, namespace, .. } = self.blocks.hot[slot];
         *self.blocks_by_state.of(state) += 1;
         if let Some(Some(namespace)) = self.namespaces.get_mut(usize::from(namespace.0)) {
             namespace.slots += 1;

@@ -1,11 +1,9 @@
 //! Counters and gauges.
 
-use crate::geometry::PAGE;
-
+use super::BlockStore;
 use super::answers::ReserveAnswer;
 use super::blocks::BlockState;
-use super::table::{ChunkState, SlotTable};
-use super::{BlockStore, Blocks};
+use super::table::SlotTable;
 
 /// What only goes up, and the pins.
 #[derive(Clone, Debug, Default)]
@@ -177,18 +175,5 @@ impl<T: SlotTable> BlockStore<T> {
 
     fn slots_total(&self) -> u64 {
         self.classes.iter().map(|class| u64::from(class.chunks) * u64::from(class.slots)).sum()
-    }
-
-    /// Largest slot that fits, bytes.
-    #[must_use]
-    pub fn largest_slot(&self) -> u64 {
-        u64::from(self.config.geometry.chunk_pages()) * PAGE
-    }
-}
-
-impl Blocks {
-    /// Whether the chunk has any use for a slot size.
-    pub fn is_assigned(state: ChunkState) -> bool {
-        matches!(state, ChunkState::Assigned { .. } | ChunkState::Draining { .. })
     }
 }

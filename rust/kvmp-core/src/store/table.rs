@@ -23,6 +23,14 @@ pub enum ChunkState {
     },
 }
 
+impl ChunkState {
+    /// Whether the chunk has slots.
+    #[must_use]
+    pub fn has_slots(self) -> bool {
+        matches!(self, Self::Assigned { .. } | Self::Draining { .. })
+    }
+}
+
 /// The slot table: slot words, records, sums of parts and chunk words.
 ///
 /// The store names only slots of chunks it assigned and keeps to `Free -> Writing -> Ready -> Free`
@@ -74,6 +82,12 @@ impl HeapTable {
     #[must_use]
     pub fn new(geometry: Geometry) -> Self {
         Self { geometry, records: Default::default(), chunks: vec![ChunkState::Cold; geometry.chunks as usize] }
+    }
+
+    /// What it is a table of.
+    #[must_use]
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
     }
 
     /// State of a chunk.

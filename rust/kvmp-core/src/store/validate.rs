@@ -10,7 +10,7 @@ use super::chunks::Chunk;
 use super::leases::Engine;
 use super::stats::ByState;
 use super::table::{ChunkState, SlotTable};
-use super::{BlockStore, Blocks, index};
+use super::{BlockStore, index};
 
 fn ensure(holds: bool, why: impl FnOnce() -> String) -> Result<(), String> {
     if holds { Ok(()) } else { Err(why()) }
@@ -53,7 +53,7 @@ impl<T: SlotTable> BlockStore<T> {
 
     fn check_chunk(&self, id: ChunkId, chunk: &Chunk) -> Result<(), String> {
         let slots = self.blocks.hot.slots_of(id);
-        if !Blocks::is_assigned(chunk.state) {
+        if !chunk.state.has_slots() {
             ensure(slots == 0, || format!("{id:?} is {:?} and has slots", chunk.state))?;
             let free = chunk.state != ChunkState::Free || self.chunks.free.contains(&id);
             return ensure(free, || format!("{id:?} is Free and not listed"));
@@ -166,7 +166,7 @@ impl<T: SlotTable> BlockStore<T> {
             let counted = namespace.as_ref().map_or(0, |namespace| namespace.slots);
             ensure(counted == found, || format!("namespace {id} has {found} slots, counted {counted}"))?;
         }
-        for (id, chunk) in self.chunks.all.iter().enumerate().filter(|(_, chunk)| Blocks::is_assigned(chunk.state)) {
+        for (id, chunk) in self.chunks.all.iter().enumerate().filter(|(_, chunk)| chunk.state.has_slots()) {
             let found = by_chunk.get(&ChunkId(id as u32)).copied().unwrap_or(0);
             ensure(chunk.used == found, || format!("chunk {id} uses {found} slots, counted {}", chunk.used))?;
         }

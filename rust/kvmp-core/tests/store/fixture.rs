@@ -8,7 +8,10 @@ use kvmp_core::ids::{BlockKey, ChunkId, EngineToken, GroupId, LeaseId, Namespace
 use kvmp_core::namespace::{GroupRule, GroupSpec, NamespaceSpec, PartSpec};
 use kvmp_core::policy;
 use kvmp_core::slot::{PartSum, SlotWord};
-use kvmp_core::store::{BlockStore, CommitReply, HeapTable, LookupReply, ReserveAnswer, ReserveReply, StoreConfig};
+use kvmp_core::store::{
+    BlockStore, ChunkState, CommitReply, FoundRecord, HeapRecord, HeapTable, LookupReply, Recovered, ReserveAnswer,
+    ReserveReply, StoreConfig,
+};
 
 pub const NS: NamespaceId = NamespaceId(0);
 pub const G0: GroupId = GroupId(0);
@@ -49,9 +52,13 @@ pub fn prefix_spec(parts: usize, pages: u64) -> NamespaceSpec {
     spec(vec![group(GroupRule::Prefix, 0, 1)], parts, pages)
 }
 
+pub fn new_store(table: HeapTable) -> BlockStore<HeapTable> {
+    BlockStore::new(StoreConfig::new(table.geometry()), table, policy::factory("lru").unwrap())
+}
+
 pub fn cold_store(chunks: u64) -> BlockStore<HeapTable> {
     let geometry = Geometry::new(chunks * MIN_CHUNK, Some(MIN_CHUNK)).unwrap();
-    BlockStore::new(StoreConfig::new(geometry), HeapTable::new(geometry), policy::factory("lru").unwrap())
+    new_store(HeapTable::new(geometry))
 }
 
 /// All chunks backed, one prefix namespace.
@@ -60,6 +67,39 @@ pub fn store(chunks: u64, parts: usize, pages: u64) -> BlockStore<HeapTable> {
     (0..chunks).for_each(|chunk| store.chunk_backed(ChunkId(chunk as u32)));
     store.add_namespace(NS, &prefix_spec(parts, pages)).unwrap();
     store
+}
+
+/// A new store over the table of one that is gone; `specs` by namespace number.
+pub fn recovered(table: HeapTable, specs: &[NamespaceSpec]) -> (BlockStore<HeapTable>, Recovered) {
+    let geometry = table.geometry();
+    let found: Vec<_> = (0..geometry.chunks).map(ChunkId).map(|c| (c, table.chunk(c), found_in(&table, c))).collect();
+    let mut store = new_store(table);
+    for (id, spec) in specs.iter().enumerate() {
+        store.add_namespace(NamespaceId(id as u16), spec).unwrap();
+    }
+    store.recover_begin(found.iter().map(|(_, _, records)| records.len() as u64).sum());
+    for (chunk, state, records) in found {
+        match state.unwrap() {
+            ChunkState::Cold => {}
+            ChunkState::Free => store.chunk_backed(chunk),
+            ChunkState::Assigned { pages } | ChunkState::Draining { pages } => {
+                store.recover_chunk(chunk, pages, &records).unwrap();
+            }
+        }
+    }
+    let report = store.recover_finish();
+    (store, report)
+}
+
+/// What a recovery finds in a chunk.
+pub fn found_in(table: &HeapTable, chunk: ChunkId) -> Vec<FoundRecord> {
+    let found = |(slot, record): (SlotId, &HeapRecord)| FoundRecord {
+        slot,
+        word: record.word,
+        identity: record.identity,
+        touched: record.touched,
+    };
+    table.records(chunk).map(found).collect()
 }
 
 pub type Granted = Vec<(SlotId, SlotWord)>;

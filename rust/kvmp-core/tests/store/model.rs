@@ -232,7 +232,7 @@ impl Model {
         keys: &[BlockKey],
         hashes: usize,
     ) -> Option<(usize, Vec<SlotId>)> {
-        if hashes % facts.stride != 0 {
+        if !hashes.is_multiple_of(facts.stride) {
             return None;
         }
         let end = hashes / facts.stride;
@@ -282,13 +282,12 @@ impl Model {
                 let fresh = self.reads.insert(lease, Read { engine, pins, pages, expires }).is_none();
                 ensure(fresh, || format!("{lease:?} given twice"))
             }
-            None => ensure(self.may_be_capped(engine, held, pages, namespace, keys), || "no pin under the cap".into()),
+            None => ensure(self.may_be_capped(held, pages, namespace, keys), || "no pin under the cap".into()),
         }
     }
 
     /// While it ran, a lookup of several groups may have held more than its hit came to.
-    fn may_be_capped(&self, engine: EngineToken, held: u64, pages: u64, namespace: u16, keys: &[BlockKey]) -> bool {
-        let _ = engine;
+    fn may_be_capped(&self, held: u64, pages: u64, namespace: u16, keys: &[BlockKey]) -> bool {
         let groups = self.groups.range((namespace, 0)..=(namespace, u16::MAX));
         let most: u64 = groups.map(|(_, facts)| keys.len().div_ceil(facts.stride) as u64 * facts.pages).sum();
         held + pages.max(most) > self.cap_pages
@@ -362,5 +361,23 @@ impl Model {
     /// Blocks that could be evicted one after the other.
     pub fn all_evictable(&self) -> u64 {
         self.blocks.keys().filter(|slot| !self.blocked(**slot)).count() as u64
+    }
+
+    /// Forgets what a crash forgets; returns how many slots were Writing.
+    pub fn restart(&mut self) -> u64 {
+        let whole = |slot: &SlotId| {
+            let mut at = Some(*slot);
+            while let Some(slot) = at {
+                if !self.blocks[&slot].ready {
+                    return false;
+                }
+                at = self.blocks[&slot].parent;
+            }
+            true
+        };
+        let kept: BTreeSet<SlotId> = self.blocks.keys().copied().filter(whole).collect();
+        let held = self.blocks.values().filter(|block| !block.ready).count() as u64;
+        self.blocks.retain(|slot, _| kept.contains(slot));
+        held
     }
 }

@@ -8,11 +8,11 @@ use kvmp_core::ids::{BlockKey, ChunkId, EngineToken, GroupId, LeaseId, Namespace
 use kvmp_core::namespace::{GroupRule, NamespaceSpec};
 use kvmp_core::policy;
 use kvmp_core::slot::{PartSum, SlotState, SlotWord};
-use kvmp_core::store::{BlockStore, HeapTable, StoreConfig};
+use kvmp_core::store::{BlockStore, SlotTable, StoreConfig, StoreStats};
 use proptest::prelude::*;
-use proptest::test_runner::{Config, TestRunner};
+use proptest::test_runner::{Config, TestRng, TestRunner};
 
-use crate::fixture::{group, key, spec};
+use crate::fixture::{group, key, recovered, spec};
 use crate::logged::{Event, LoggedTable};
 use crate::model::{GroupFacts, Model};
 
@@ -114,7 +114,7 @@ fn many_size_specs() -> Vec<NamespaceSpec> {
 impl World {
     fn new(one_size: bool, fault: Fault) -> Self {
         let geometry = Geometry::new(u64::from(CHUNKS) * MIN_CHUNK, Some(MIN_CHUNK)).unwrap();
-        let table = LoggedTable::new(HeapTable::new(geometry));
+        let table = LoggedTable::new(kvmp_core::store::HeapTable::new(geometry));
         let mut store = BlockStore::new(StoreConfig::new(geometry), table, policy::factory("lru").unwrap());
         let specs = if one_size { one_size_specs() } else { many_size_specs() };
         let mut groups = BTreeMap::new();
@@ -160,6 +160,28 @@ impl World {
             }
         }
         if left.is_empty() { Ok(()) } else { Err(format!("blocks that are nowhere: {left:?}")) }
+    }
+
+    /// A new store over the same table keeps what is Ready with its whole chain, and holds what was Writing.
+    fn restart(self) -> Result<BlockStore<kvmp_core::store::HeapTable>, String> {
+        let Self { store, mut model, specs, .. } = self;
+        let held = model.restart();
+        let (mut store, report) = recovered(store.into_table().inner, &specs);
+        store.validate()?;
+        let kept = model.blocks.len() as u64;
+        if (report.kept, report.quarantined) != (kept, held) {
+            return Err(format!("{report:?}, the model keeps {kept} and holds {held}"));
+        }
+        for (slot, block) in &model.blocks {
+            if store.table().word(*slot) != block.word {
+                return Err(format!("{slot:?} has {:?}, not {:?}", store.table().word(*slot), block.word));
+            }
+        }
+        store.quarantine_release();
+        store.validate()?;
+        let cleared = store.clear(None);
+        store.validate()?;
+        if cleared == kept { Ok(store) } else { Err(format!("{cleared} of {kept} recovered blocks could go")) }
     }
 
     fn apply(&mut self, op: &Op) -> Result<(), String> {
@@ -375,38 +397,77 @@ fn nth<V: Clone>(map: &BTreeMap<LeaseId, V>, pick: usize) -> Option<(LeaseId, V)
     map.iter().nth(index).map(|(lease, value)| (*lease, value.clone()))
 }
 
-fn check(one_size: bool, fault: Fault, cases: u32) -> Result<(), String> {
-    let config = Config { cases, failure_persistence: None, max_shrink_iters: 4000, ..Config::default() };
-    let mut runner =
-        TestRunner::new_with_rng(config, proptest::test_runner::TestRng::deterministic_rng(Default::default()));
+/// What all cases together came to: a property that never meets the rare is no property.
+#[derive(Default)]
+struct Seen {
+    evictions: u64,
+    pending: u64,
+    no_parent: u64,
+    no_space: u64,
+    warming: u64,
+    aborted: u64,
+    chunk_moves: u64,
+    recovered: u64,
+}
+
+impl Seen {
+    fn add(&mut self, stats: &StoreStats) {
+        self.evictions += stats.evictions;
+        self.pending += stats.pending;
+        self.no_parent += stats.no_parent;
+        self.no_space += stats.no_space;
+        self.warming += stats.warming_answers;
+        self.aborted += stats.aborted_parts;
+        self.chunk_moves += stats.chunk_moves;
+        self.recovered += stats.recovered_blocks;
+    }
+
+    fn least(&self) -> u64 {
+        let seen = [self.evictions, self.pending, self.no_parent, self.no_space, self.warming, self.aborted];
+        seen.into_iter().min().unwrap_or(0).min(self.recovered)
+    }
+}
+
+fn run_case(one_size: bool, fault: Fault, backed: u32, ops: &[Op], seen: &mut Seen) -> Result<(), String> {
+    let mut world = World::new(one_size, fault);
+    (0..backed).for_each(|chunk| world.backed(chunk));
+    for (step, op) in ops.iter().enumerate() {
+        world.run(op).map_err(|why| format!("step {step}, {op:?}: {why}"))?;
+    }
+    seen.add(&world.store.stats());
+    world.restart().map_err(|why| format!("restart: {why}")).map(|store| seen.add(&store.stats()))
+}
+
+fn check(one_size: bool, fault: Fault, cases: u32) -> Result<Seen, String> {
+    let config = Config { cases, failure_persistence: None, max_shrink_iters: 2000, ..Config::default() };
+    let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(Default::default()));
     let ops = proptest::collection::vec(op(), 1..120);
+    let seen = std::cell::RefCell::new(Seen::default());
     let result = runner.run(&(0..=CHUNKS, ops), |(backed, ops)| {
-        let mut world = World::new(one_size, fault);
-        (0..backed).for_each(|chunk| world.backed(chunk));
-        for (step, op) in ops.iter().enumerate() {
-            world.run(op).map_err(|why| TestCaseError::fail(format!("step {step}, {op:?}: {why}")))?;
-        }
-        Ok(())
+        run_case(one_size, fault, backed, &ops, &mut seen.borrow_mut()).map_err(TestCaseError::fail)
     });
-    result.map_err(|error| error.to_string())
+    result.map_err(|error| error.to_string())?;
+    Ok(seen.into_inner())
 }
 
 #[test]
 fn one_slot_size_follows_the_model_exactly() {
-    check(true, Fault::None, 400).unwrap();
+    let seen = check(true, Fault::None, 400).unwrap();
+    assert!(seen.least() > 100, "too little was met: {}", seen.least());
 }
 
 #[test]
 fn many_slot_sizes_do_only_what_the_model_allows() {
-    check(false, Fault::None, 400).unwrap();
+    let seen = check(false, Fault::None, 400).unwrap();
+    assert!(seen.least() > 100 && seen.chunk_moves > 100, "{} and {} moves", seen.least(), seen.chunk_moves);
 }
 
 #[test]
 fn negative_control_ready_one_part_early_is_caught() {
-    check(true, Fault::ReadyEarly, 400).unwrap_err();
+    check(true, Fault::ReadyEarly, 400).err().expect("the fault went unseen");
 }
 
 #[test]
 fn negative_control_dropped_pins_are_caught() {
-    check(true, Fault::NoPins, 400).unwrap_err();
+    check(true, Fault::NoPins, 400).err().expect("the fault went unseen");
 }

@@ -1,0 +1,110 @@
+//! A new store over an old table.
+
+use kvmp_core::ids::{ChunkId, PartId};
+use kvmp_core::slot::{PartSum, SlotState};
+use kvmp_core::store::{BlockStore, HeapTable, SlotTable, StoreError};
+
+use crate::fixture::*;
+
+#[test]
+fn what_was_ready_is_hit_again_and_what_was_written_is_held() {
+    let specs = [prefix_spec(2, 64)];
+    let mut s = store(2, 2, 64);
+    let (reply, answers) = s.reserve(&keys(0..4), at(0));
+    let (lease, slots) = (reply.lease.unwrap(), granted(&answers));
+    // 0 and 1 are Ready, 2 is Writing, 3 is Ready behind it.
+    for part in 0..2 {
+        s.commit_part(lease, part, &[&slots[..2], &slots[3..]].concat());
+    }
+    let (mut s, report) = recovered(s.into_table(), &specs);
+    assert_eq!((report.kept, report.evicted, report.quarantined), (2, 1, 1));
+    s.validate().unwrap();
+    assert_eq!(s.hit(&keys(0..4), at(1)), 32);
+    assert_eq!(s.table().word(slots[2].0), slots[2].1);
+    // The old writer's commit is nobody's.
+    let late = (slots[2].0, slots[2].1, PartSum::default());
+    assert_eq!(s.commit(ENGINE, lease, PartId(0), &[late]).refused, 1);
+    // A second restart finds it again.
+    let (mut s, report) = recovered(s.into_table(), &specs);
+    assert_eq!((report.kept, report.quarantined), (2, 1));
+    assert_eq!(s.quarantine_release(), 1);
+    assert_eq!(s.table().word(slots[2].0).state(), Ok(SlotState::Free));
+    s.validate().unwrap();
+}
+
+#[test]
+fn generations_go_on() {
+    let mut s = store(1, 1, 128);
+    let (reply, answers) = s.reserve(&keys(0..1), at(0));
+    let (slot, word) = granted(&answers)[0];
+    s.cancel(ENGINE, reply.lease.unwrap());
+    let (mut s, _) = recovered(s.into_table(), &[prefix_spec(1, 128)]);
+    let again = granted(&s.reserve(&keys(0..4), at(0)).1);
+    let same = again.iter().find(|(other, _)| *other == slot).unwrap_or(&again[0]);
+    assert!(same.1.generation() > word.generation() || same.0 != slot);
+    s.validate().unwrap();
+}
+
+#[test]
+fn order_is_by_the_latest_use_of_a_block_or_what_hangs_on_it() {
+    let mut s = store(2, 1, 128);
+    s.fill(None, 0, &keys(0..3), at(1));
+    s.fill(None, 0, &keys(10..13), at(2));
+    // Only the record of the tip is touched.
+    assert_eq!(s.hit(&keys(0..3), at(5)), 48);
+    let (mut s, report) = recovered(s.into_table(), &[prefix_spec(1, 128)]);
+    assert_eq!(report.kept, 6);
+    s.evict(128, 3).unwrap();
+    assert_eq!((s.hit(&keys(0..3), at(6)), s.hit(&keys(10..13), at(6))), (48, 0));
+    s.validate().unwrap();
+}
+
+fn with_records(table: HeapTable, spoil: impl Fn(&mut kvmp_core::store::FoundRecord)) -> BlockStore<HeapTable> {
+    let mut found = found_in(&table, ChunkId(0));
+    found.iter_mut().for_each(spoil);
+    let mut s = new_store(table);
+    s.add_namespace(NS, &prefix_spec(1, 128)).unwrap();
+    s.recover_chunk(ChunkId(0), 128, &found).unwrap();
+    s.recover_finish();
+    s.validate().unwrap();
+    s
+}
+
+#[test]
+fn torn_and_stray_records_are_evicted_with_what_hangs_on_them() {
+    let full = || {
+        let mut s = store(1, 1, 128);
+        // An engine may write half of the arena at a time.
+        assert_eq!(s.fill(None, 0, &keys(0..2), at(1)), "GG");
+        assert_eq!(s.fill(Some(1), 2, &keys(2..4), at(1)), "GG");
+        s.into_table()
+    };
+    let torn = with_records(full(), |r| {
+        if r.identity.is_some_and(|i| i.position == 2) {
+            r.identity = None;
+        }
+    });
+    assert_eq!((torn.stats().blocks_ready, torn.stats().slots_free), (2, 2));
+    let unknown = with_records(full(), |r| {
+        if let Some(identity) = &mut r.identity {
+            identity.namespace.0 = 7;
+        }
+    });
+    assert_eq!(unknown.stats().blocks_ready, 0);
+    let misplaced = with_records(full(), |r| {
+        if let Some(identity) = r.identity.as_mut().filter(|i| i.position == 3) {
+            identity.position = 2;
+        }
+    });
+    assert_eq!(misplaced.stats().blocks_ready, 3);
+}
+
+#[test]
+fn a_chunk_is_recovered_once_and_with_a_size_that_can_be() {
+    let mut s = cold_store(1);
+    let error = |r: Result<(), StoreError>| r.unwrap_err().to_string();
+    assert!(error(s.recover_chunk(ChunkId(0), 0, &[])).contains("slots of 0 pages"));
+    assert!(error(s.recover_chunk(ChunkId(3), 1, &[])).starts_with("chunk 3 "));
+    s.recover_chunk(ChunkId(0), 1, &[]).unwrap();
+    assert!(s.recover_chunk(ChunkId(0), 1, &[]).is_err());
+}
