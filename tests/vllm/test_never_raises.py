@@ -242,6 +242,7 @@ def test_copy_that_fails_is_aborted_and_load_that_fails_is_reported(server, tmp_
     engine.drain()
     assert server.aborted == 1
     assert engine.pool.pinned == 0
+    engine.close()
 
 
 def test_a_cause_is_logged_once(server, tmp_path, monkeypatch, caplog_vllm):
