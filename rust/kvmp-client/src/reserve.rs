@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use kvmp_core::namespace::GroupRule;
 use kvmp_core::wire::{Answer, GrantOut, Op, Submission};
 use zerocopy::FromBytes;
 
@@ -34,7 +35,10 @@ impl ReserveList<'_> {
         if u64::from(self.first_block) + self.hashes.len() as u64 > u64::from(u32::MAX) {
             return Err(input("first_block", "the last block's index is over 32 bits"));
         }
+        let rule = namespace.spec().groups.get(usize::from(self.group)).map(|group| group.rule);
         match (self.parent, self.first_block) {
+            // Only in a prefix group does a block hang on the one before it.
+            _ if rule != Some(GroupRule::Prefix) => Ok(()),
             (Some(_), 0) => Err(input("parent", "block 0 has none")),
             (None, 1..) => Err(input("parent", "the hash before hashes[0] is needed when first_block > 0")),
             _ => Ok(()),

@@ -323,14 +323,15 @@ impl Session {
             return Ok(reply);
         }
         loop {
+            // Before the first sleep too: a server that died before the call is not waited for.
+            self.notice_hang_up();
+            if while_lost { self.check_alive() } else { self.check_usable() }?;
             if let Some(reply) = self.sleep(request, bound.left())? {
                 return Ok(reply);
             }
             if let Some(reply) = self.look(request)? {
                 return Ok(reply);
             }
-            self.notice_hang_up();
-            if while_lost { self.check_alive() } else { self.check_usable() }?;
             if bound.is_interrupted() {
                 return Err(ClientError::Interrupted);
             }

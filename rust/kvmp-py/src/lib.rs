@@ -7,6 +7,7 @@ mod arguments;
 mod blocks;
 mod client;
 mod commit;
+mod core;
 mod errors;
 mod layout;
 mod lookup;
@@ -25,6 +26,12 @@ mod _kvmp {
 
     #[pymodule_export]
     use super::client::Client;
+    #[pymodule_export]
+    use super::core::index::{BlockIndex, IndexGrant, IndexHit};
+    #[pymodule_export]
+    use super::core::policy::{Policy, policies};
+    #[pymodule_export]
+    use super::core::ring::Ring;
     #[pymodule_export]
     use super::layout::BlockLayout;
     #[pymodule_export]

@@ -27,10 +27,10 @@ pub(super) struct Drain {
 impl<T: SlotTable> BlockStore<T> {
     /// Tries to get a chunk for `class` from another slot size; it may take several calls.
     pub(super) fn take_chunk(&mut self, class: usize, now: Ticks) {
-        if self.draining.is_none() {
-            if let Some(chunk) = self.chunk_to_take(class, now) {
-                self.start_drain(chunk);
-            }
+        if self.draining.is_none()
+            && let Some(chunk) = self.chunk_to_take(class, now)
+        {
+            self.start_drain(chunk);
         }
         self.drain_some();
     }

@@ -1,0 +1,487 @@
+"""The client against a real server: every verb, every refusal, and a server that dies."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import kvmp
+from kvmp.client import Answer, BlockLayout, Client, Namespace, ReadLease, WriteLease
+from kvmp.errors import (
+    BoundExceeded,
+    ConnectError,
+    InvalidInput,
+    KvmpError,
+    LeaseError,
+    NamespaceError,
+    ServerLost,
+)
+from kvmp.namespace import GroupSpec, NamespaceSpec, PartSpec
+from kvmp.server import Server
+
+BLOCK_TOKENS = 16
+PART_BYTES = 4096
+LAYOUT = '{"kind": "test"}'
+WATCHDOG_S = 10.0  # for what becomes true soon, or never
+
+
+def spec(model: str = "m", parts: int = 1, part_bytes: int = PART_BYTES) -> NamespaceSpec:
+    part = PartSpec(bytes=(part_bytes,), layout={"kind": "test"})
+    return NamespaceSpec(model=model, facts={}, groups=(GroupSpec(block_tokens=BLOCK_TOKENS),), parts=(part,) * parts)
+
+
+def hash_list(count: int, seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (count, 32), dtype=np.uint8)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with kvmp.launch("64MiB") as server:
+        yield server
+
+
+@pytest.fixture
+def scheduler(server: Server) -> Iterator[Client]:
+    with Client.connect(server.endpoint) as client:
+        yield client
+
+
+@pytest.fixture
+def ns(scheduler: Client) -> Namespace:
+    return scheduler.open(spec())
+
+
+def worker_of(scheduler: Client, part: int = 0) -> Client:
+    return Client.connect(scheduler.endpoint, role="worker", engine_token=scheduler.engine_token, part=part)
+
+
+@pytest.fixture
+def worker(scheduler: Client) -> Iterator[Client]:
+    with worker_of(scheduler) as client:
+        yield client
+
+
+def reserve(client: Client, ns: Namespace, hashes: NDArray[np.uint8], **where: object) -> WriteLease:
+    """Reserves, again while the server is still backing its memory."""
+    end = time.monotonic() + WATCHDOG_S
+    while True:
+        lease = client.reserve(ns, hashes, **({"first_block": 0} | where))
+        if Answer.WARMING not in lease.answers:
+            return lease
+        assert time.monotonic() < end, "the server never backed enough memory"
+        lease.cancel()
+
+
+def layout_of(memory: NDArray[np.uint8]) -> BlockLayout:
+    blocks, size = memory.shape
+    return BlockLayout(np.array([[memory.ctypes.data, size, size, 0]], dtype=np.int64), blocks)
+
+
+def store(scheduler: Client, worker: Client, ns: Namespace, hashes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Stores blocks of random bytes and returns the bytes."""
+    memory = np.random.default_rng(7).integers(0, 256, (len(hashes), PART_BYTES), dtype=np.uint8)
+    lease = reserve(scheduler, ns, hashes)
+    lease.handed_over()
+    joined = worker.join(ns.id, ns.digest, LAYOUT)
+    worker.store_blocks(layout_of(memory), joined, 0, np.arange(len(hashes)), lease.slots)
+    assert worker.commit(lease.lease_id, lease.slots, lease.words) == len(hashes)
+    return memory
+
+
+def becomes_true(condition: object) -> bool:
+    end = time.monotonic() + WATCHDOG_S
+    while time.monotonic() < end:
+        if condition():  # type: ignore[operator]
+            return True
+    return False
+
+
+def test_a_session_has_an_identity(server: Server, scheduler: Client) -> None:
+    assert scheduler.endpoint == server.endpoint
+    assert scheduler.engine_token != 0
+    assert scheduler.server_epoch != 0
+    assert len(scheduler.segment_id) == 32
+    assert not scheduler.lost
+    assert scheduler.ping() > 0
+    with Client.connect(server.endpoint) as other:
+        assert other.engine_token != scheduler.engine_token
+        assert other.segment_id == scheduler.segment_id
+
+
+def test_namespaces_have_the_digest_that_the_spec_says(scheduler: Client, worker: Client) -> None:
+    opened = scheduler.open(spec())
+    assert opened.digest == spec().digest()
+    assert scheduler.open(spec()).id == opened.id
+    assert scheduler.open(spec("other")).id != opened.id
+    joined = worker.join(opened.id, opened.digest, LAYOUT)
+    assert (joined.id, joined.digest) == (opened.id, opened.digest)
+
+
+def test_a_lookup_of_nothing_stored_misses(scheduler: Client, ns: Namespace) -> None:
+    with scheduler.lookup(ns, hash_list(5)) as hit:
+        assert (hit.tokens, hit.blocks(), hit.pinned) == (0, 0, False)
+        assert hit.slots().dtype == np.uint32
+        assert hit.words().dtype == np.uint64
+
+
+def test_what_is_stored_is_found_and_loaded(scheduler: Client, worker: Client, ns: Namespace) -> None:
+    hashes = hash_list(8)
+    stored = store(scheduler, worker, ns, hashes)
+    joined = worker.join(ns.id, ns.digest, LAYOUT)
+    with scheduler.lookup(ns, np.concatenate([hashes, hash_list(2, seed=1)])) as hit:
+        assert (hit.tokens, hit.blocks(), hit.first_block(), hit.pinned) == (8 * BLOCK_TOKENS, 8, 0, True)
+        assert scheduler.stats()["pins"] > 0
+        loaded = np.zeros_like(stored)
+        ok = worker.load_blocks(layout_of(loaded), joined, 0, np.arange(8), hit.slots(), hit.words())
+        assert ok.dtype == np.bool_
+        assert ok.all()
+        assert (loaded == stored).all()
+        assert worker.check(hit.slots(), hit.words()).all()
+        assert not worker.check(hit.slots(), hit.words() + np.uint64(1 << 16)).any()
+    assert becomes_true(lambda: scheduler.stats()["pins"] == 0)
+
+
+def test_a_load_from_an_evicted_slot_is_told(scheduler: Client, worker: Client, ns: Namespace) -> None:
+    stored = store(scheduler, worker, ns, hash_list(4))
+    joined = worker.join(ns.id, ns.digest, LAYOUT)
+    hit = scheduler.lookup(ns, hash_list(4))
+    slots, words = hit.slots(), hit.words()
+    hit.release()
+    assert becomes_true(lambda: scheduler.stats()["pins"] == 0)
+    assert scheduler.clear() == 4
+    ok = worker.load_blocks(layout_of(np.zeros_like(stored)), joined, 0, np.arange(4), slots, words)
+    assert not ok.any()
+
+
+def test_pending_requests_are_polled(scheduler: Client, worker: Client, ns: Namespace) -> None:
+    store(scheduler, worker, ns, hash_list(3))
+    pending = scheduler.submit_lookup(ns, hash_list(3))
+    found: list[ReadLease] = []
+    assert becomes_true(lambda: found.append(lease) or True if (lease := pending.poll()) else False)
+    assert found[0].blocks() == 3
+    assert pending.poll() is None
+    reserving = scheduler.submit_reserve(ns, hash_list(2, seed=5), first_block=0)
+    granted: list[WriteLease] = []
+    assert becomes_true(lambda: granted.append(lease) or True if (lease := reserving.poll()) else False)
+    assert len(granted[0].answers) == 2
+
+
+def test_what_is_abandoned_is_given_back(scheduler: Client, worker: Client, ns: Namespace) -> None:
+    store(scheduler, worker, ns, hash_list(3))
+    scheduler.submit_lookup(ns, hash_list(3)).abandon()
+    scheduler.submit_reserve(ns, hash_list(3, seed=9), first_block=0).abandon()
+
+    def is_settled() -> bool:
+        stats = scheduler.stats()
+        return stats["read_leases"] == stats["write_leases"] == stats["pins"] == 0 and scheduler.open_requests == 0
+
+    assert becomes_true(is_settled)
+    assert scheduler.stats()["blocks_writing"] == 0
+
+
+def test_answers_say_why_nothing_was_granted(scheduler: Client, worker: Client, ns: Namespace) -> None:
+    hashes = hash_list(4)
+    store(scheduler, worker, ns, hashes[:2])
+    with reserve(scheduler, ns, hashes) as first:
+        assert list(first.answers) == [Answer.PRESENT, Answer.PRESENT, Answer.GRANTED, Answer.GRANTED]
+        again = scheduler.reserve(ns, hashes[2:], first_block=2, parent=hashes[1].tobytes())
+        assert list(again.answers) == [Answer.PENDING, Answer.PENDING]
+        assert again.lease_id == 0
+    orphan = scheduler.reserve(ns, hash_list(2, seed=3), first_block=5, parent=bytes(32))
+    assert list(orphan.answers) == [Answer.NO_PARENT, Answer.NO_PARENT]
+
+
+def test_a_cancelled_reserve_leaves_nothing(scheduler: Client, ns: Namespace) -> None:
+    with reserve(scheduler, ns, hash_list(3)) as lease:
+        assert lease.lease_id != 0
+        assert scheduler.stats()["blocks_writing"] == 3
+    assert becomes_true(lambda: scheduler.stats()["blocks_writing"] == 0)
+    assert scheduler.stats()["write_leases"] == 0
+
+
+def test_an_aborted_part_is_never_found(scheduler: Client, worker: Client, ns: Namespace) -> None:
+    lease = reserve(scheduler, ns, hash_list(3))
+    lease.handed_over()
+    worker.join(ns.id, ns.digest, LAYOUT)
+    assert worker.abort(lease.lease_id, lease.slots, lease.words) == 3
+    assert scheduler.lookup(ns, hash_list(3)).tokens == 0
+    assert scheduler.stats()["aborted_parts"] == 3
+
+
+def test_a_block_is_found_only_when_every_part_is_committed(scheduler: Client) -> None:
+    ns = scheduler.open(spec(parts=2))
+    lease = reserve(scheduler, ns, hash_list(2))
+    lease.handed_over()
+    with worker_of(scheduler, 0) as first, worker_of(scheduler, 1) as second:
+        first.join(ns.id, ns.digest, LAYOUT)
+        second.join(ns.id, ns.digest, LAYOUT)
+        assert first.commit(lease.lease_id, lease.slots, lease.words) == 2
+        assert scheduler.lookup(ns, hash_list(2)).tokens == 0
+        assert second.commit(lease.lease_id, lease.slots, lease.words) == 2
+        assert scheduler.lookup(ns, hash_list(2)).tokens == 2 * BLOCK_TOKENS
+
+
+def test_a_list_longer_than_a_request_is_looked_up_in_pieces(server: Server) -> None:
+    count = 16_384 + 100
+    with kvmp.launch("256MiB") as large, Client.connect(large.endpoint) as scheduler, worker_of(scheduler) as worker:
+        ns = scheduler.open(spec())
+        assert becomes_true(lambda: not scheduler.stats()["warming"])
+        hashes = hash_list(count)
+        worker.join(ns.id, ns.digest, LAYOUT)
+        first = scheduler.reserve(ns, hashes, first_block=0, timeout_ms=WATCHDOG_S * 1000)
+        granted = first.answers == Answer.GRANTED
+        assert granted.sum() == 16_384
+        rest = scheduler.reserve(
+            ns, hashes[16_384:], first_block=16_384, parent=hashes[16_383].tobytes(), timeout_ms=WATCHDOG_S * 1000
+        )
+        for lease, taken in ((first, granted), (rest, rest.answers == Answer.GRANTED)):
+            lease.handed_over()
+            committed = worker.commit(
+                lease.lease_id, lease.slots[taken], lease.words[taken], timeout_ms=WATCHDOG_S * 1000
+            )
+            assert committed == taken.sum()
+        with scheduler.lookup(ns, hashes, timeout_ms=WATCHDOG_S * 1000) as hit:
+            assert hit.tokens == count * BLOCK_TOKENS
+            assert (hit.slots() == np.concatenate([first.slots[granted], rest.slots])).all()
+        assert becomes_true(lambda: scheduler.stats()["read_leases"] == 0)
+
+
+BAD_CALLS = [
+    (lambda c, ns: c.lookup(ns, np.zeros((3, 16), np.uint8)), r"hashes: .*\(n, 32\) and dtype uint8.*\[3, 16\]"),
+    (lambda c, ns: c.lookup(ns, np.zeros((3, 32), np.int8)), r"hashes: .*dtype int8"),
+    (lambda c, ns: c.lookup(ns, [b"x"]), r"hashes: .*got list"),
+    (lambda c, ns: c.lookup(ns, np.zeros((0, 32), np.uint8)), r"hashes: the list is empty"),
+    (lambda c, ns: c.lookup(ns, hash_list(1), timeout_ms=-1), r"timeout_ms: -1"),
+    (lambda c, ns: c.lookup(ns, hash_list(1), timeout_ms=float("nan")), r"timeout_ms: NaN"),
+    (lambda c, ns: c.reserve(ns, hash_list(1), first_block=3), r"parent: the hash before"),
+    (lambda c, ns: c.reserve(ns, hash_list(1), first_block=0, parent=bytes(32)), r"parent: block 0 has none"),
+    (lambda c, ns: c.reserve(ns, hash_list(1), first_block=1, parent=b"x"), r"parent: 32 bytes are needed, got 1"),
+    (lambda c, ns: c.reserve(ns, hash_list(1), first_block=0, group=4), r"group: 4 is out of range"),
+    (lambda c, ns: c.lookup(ns, hash_list(1)).slots(7), r"group: the hit has no group 7"),
+    (lambda c, ns: c.commit(1, np.zeros(1, np.uint32), np.zeros(1, np.uint64)), r"part: this client has none"),
+    (lambda c, ns: c.check(np.zeros(2, np.uint32), np.zeros(1, np.uint64)), r"words: 1 words for 2 slots"),
+    (lambda c, ns: c.check(np.zeros(2, np.int64), np.zeros(2, np.uint64)), r"slots: .*uint32.*int64"),
+]
+
+
+@pytest.mark.parametrize(("call", "text"), BAD_CALLS)
+def test_a_bad_argument_is_named(scheduler: Client, ns: Namespace, call: object, text: str) -> None:
+    with pytest.raises(InvalidInput, match=text):
+        call(scheduler, ns)  # type: ignore[operator]
+    assert not scheduler.lost
+    assert scheduler.ping() > 0
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "options", "error", "text"),
+    [
+        ("http://x", {}, InvalidInput, "unix:PATH or tcp://HOST:PORT"),
+        ("tcp://localhost", {}, InvalidInput, "port is missing"),
+        ("unix:/nowhere/kvmp.sock", {}, ConnectError, r"unix:/nowhere/kvmp.sock.*kvmp serve"),
+        ("unix:/nowhere/kvmp.sock", {"role": "boss"}, InvalidInput, 'role: "boss"'),
+        ("unix:/nowhere/kvmp.sock", {"role": "worker"}, InvalidInput, "engine_token"),
+        ("unix:/nowhere/kvmp.sock", {"role": "worker", "engine_token": 1}, InvalidInput, "part"),
+        ("unix:/nowhere/kvmp.sock", {"part": 1}, InvalidInput, "only workers"),
+    ],
+)
+def test_a_connection_that_cannot_be_is_refused(
+    endpoint: str, options: dict[str, object], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        Client.connect(endpoint, **options)
+
+
+def test_a_worker_of_no_engine_is_refused(server: Server) -> None:
+    with pytest.raises(ConnectError, match=r"refused"):
+        Client.connect(server.endpoint, role="worker", engine_token=12345, part=0)
+
+
+def test_a_worker_with_another_layout_is_refused(scheduler: Client, worker: Client, ns: Namespace) -> None:
+    with pytest.raises(NamespaceError):
+        worker.join(ns.id, ns.digest, '{"kind": "other"}')
+    with pytest.raises(NamespaceError):
+        worker.join(ns.id, "0" * 64, LAYOUT)
+    with pytest.raises(InvalidInput, match="layout_json"):
+        worker.join(ns.id, ns.digest, "{")
+    assert worker.join(ns.id, ns.digest, LAYOUT).id == ns.id
+
+
+def test_a_spec_that_cannot_be_is_refused(scheduler: Client) -> None:
+    with pytest.raises(NamespaceError, match="block_tokens"):
+        scheduler.open(NamespaceSpec(model="m", facts={}, groups=(GroupSpec(block_tokens=0),), parts=spec().parts))
+    with pytest.raises(NamespaceError, match="--chunk"):
+        scheduler.open(spec("large", part_bytes=8 << 20))
+    with pytest.raises(NamespaceError, match="parse"):
+        scheduler.open("{}")
+    assert scheduler.open(spec()).id >= 0
+
+
+def test_a_namespace_of_another_session_is_refused(server: Server, ns: Namespace) -> None:
+    with Client.connect(server.endpoint) as other, pytest.raises(NamespaceError, match="another session"):
+        other.lookup(ns, hash_list(1))
+
+
+def test_an_unknown_lease_commits_nothing(worker: Client, scheduler: Client, ns: Namespace) -> None:
+    worker.join(ns.id, ns.digest, LAYOUT)
+    try:
+        taken = worker.commit(999, np.zeros(1, np.uint32), np.zeros(1, np.uint64))
+    except LeaseError:
+        taken = 0
+    assert taken == 0
+
+
+def test_a_copy_out_of_bounds_moves_nothing(scheduler: Client, worker: Client, ns: Namespace) -> None:
+    stored = store(scheduler, worker, ns, hash_list(2))
+    joined = worker.join(ns.id, ns.digest, LAYOUT)
+    hit = scheduler.lookup(ns, hash_list(2))
+    memory = np.zeros_like(stored)
+    layout = layout_of(memory)
+    with pytest.raises(InvalidInput, match=r"block_ids: 2 is out of range"):
+        worker.load_blocks(layout, joined, 0, np.array([0, 2]), hit.slots(), hit.words())
+    with pytest.raises(InvalidInput, match=r"block_ids: -1 is out of range"):
+        worker.load_blocks(layout, joined, 0, np.array([0, -1]), hit.slots(), hit.words())
+    with pytest.raises(InvalidInput, match=r"twice"):
+        worker.load_blocks(layout, joined, 0, np.array([0, 0]), hit.slots(), hit.words())
+    with pytest.raises(InvalidInput, match=r"slot 4294967295 is outside"):
+        worker.load_blocks(layout, joined, 0, np.arange(2), np.full(2, 2**32 - 1, np.uint32), hit.words())
+    with pytest.raises(InvalidInput, match=r"layout: its blocks have 2048 bytes"):
+        worker.load_blocks(layout_of(memory.reshape(4, 2048)), joined, 0, np.arange(2), hit.slots(), hit.words())
+    with pytest.raises(LeaseError, match=r"epoch"):
+        worker.store_blocks(layout, joined, 0, np.arange(2), hit.slots(), server_epoch=1)
+    assert not memory.any()
+
+
+def test_a_killed_server_is_noticed_at_once(server: Server, scheduler: Client, ns: Namespace) -> None:
+    pending = scheduler.submit_lookup(ns, hash_list(1))
+    pending.abandon()
+    server.kill()
+    assert becomes_true(lambda: scheduler.lost)
+    assert "closed the session" in (scheduler.lost_reason or "")
+    before = scheduler.waited_us
+    for call in (
+        lambda: scheduler.lookup(ns, hash_list(1), timeout_ms=60_000),
+        lambda: scheduler.submit_lookup(ns, hash_list(1)),
+        lambda: scheduler.reserve(ns, hash_list(1), first_block=0, timeout_ms=60_000),
+        lambda: scheduler.stats(),
+        lambda: scheduler.ping(timeout_ms=60_000),
+        lambda: scheduler.open(spec("later"), timeout_ms=60_000),
+    ):
+        with pytest.raises(ServerLost):
+            call()
+    assert scheduler.waited_us == before, "no call waits on a server that is gone"
+
+
+def test_a_server_killed_under_a_waiting_call_ends_the_wait(server: Server, scheduler: Client, ns: Namespace) -> None:
+    server.process.send_signal(signal.SIGSTOP)
+    pending = scheduler.submit_lookup(ns, hash_list(1))
+    assert pending.poll() is None
+    server.kill()
+    with pytest.raises(ServerLost):
+        scheduler.lookup(ns, hash_list(1), timeout_ms=60_000)
+    with pytest.raises(ServerLost):
+        pending.poll()
+
+
+def test_a_missed_bound_is_a_loss_until_a_ping_is_answered(
+    server: Server, scheduler: Client, worker: Client, ns: Namespace
+) -> None:
+    store(scheduler, worker, ns, hash_list(2))
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(BoundExceeded, match=r"lookup was not answered within 20 ms"):
+            scheduler.lookup(ns, hash_list(2), timeout_ms=20)
+        assert scheduler.lost
+        before = scheduler.waited_us
+        with pytest.raises(ServerLost, match=r"lookup was not answered within 20 ms"):
+            scheduler.reserve(ns, hash_list(2), first_block=0, timeout_ms=60_000)
+        with pytest.raises(ServerLost):
+            scheduler.submit_lookup(ns, hash_list(2))
+        assert scheduler.waited_us == before, "no call waits while the server is lost"
+        for _ in range(3):
+            with pytest.raises(BoundExceeded, match=r"ping"):
+                scheduler.ping(timeout_ms=20)
+        assert scheduler.open_requests == 2, "one lookup, and one ping however often it was asked"
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    assert scheduler.ping(timeout_ms=WATCHDOG_S * 1000) > 0
+    assert not scheduler.lost
+    assert becomes_true(lambda: scheduler.stats()["read_leases"] == 0), "the late hit was released"
+    assert scheduler.lookup(ns, hash_list(2)).blocks() == 2
+
+
+def test_late_grants_are_cancelled(server: Server, scheduler: Client, ns: Namespace) -> None:
+    reserve(scheduler, ns, hash_list(1)).cancel()
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(BoundExceeded):
+            scheduler.reserve(ns, hash_list(4), first_block=0, timeout_ms=20)
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    scheduler.ping(timeout_ms=WATCHDOG_S * 1000)
+    assert becomes_true(lambda: scheduler.stats()["write_leases"] == 0)
+    assert scheduler.stats()["granted"] >= 4, "the server did grant them"
+    assert scheduler.stats()["blocks_writing"] == 0
+
+
+def test_a_closed_client_says_so(scheduler: Client, ns: Namespace) -> None:
+    hit = scheduler.lookup(ns, hash_list(1))
+    scheduler.close()
+    scheduler.close()
+    hit.release()
+    with pytest.raises(ServerLost, match="closed"):
+        scheduler.lookup(ns, hash_list(1))
+
+
+def test_a_forked_child_is_told_to_connect_anew(scheduler: Client, ns: Namespace) -> None:
+    hit = scheduler.lookup(ns, hash_list(1))
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            scheduler.ping()
+            text = "no error"
+        except KvmpError as error:
+            text = str(error)
+        hit.release()
+        os.write(writer, text.encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    text = os.read(reader, 4096).decode()
+    os.close(reader)
+    os.close(writer)
+    assert "fork" in text
+    assert "spawn" in text
+    assert scheduler.ping() > 0, "the parent's session goes on"
+
+
+def test_ctrl_c_ends_a_long_wait(server: Server, scheduler: Client) -> None:
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                scheduler.ping(timeout_ms=100_000)
+        finally:
+            signal.signal(signal.SIGALRM, previous)
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+
+
+def test_nothing_is_left_behind(server: Server) -> None:
+    def held() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    Client.connect(server.endpoint).close()
+    before = held()
+    for _ in range(5):
+        with Client.connect(server.endpoint) as scheduler, worker_of(scheduler) as worker:
+            ns = scheduler.open(spec())
+            store(scheduler, worker, ns, hash_list(2))
+            scheduler.clear()
+        del scheduler, worker, ns
+    assert held() == before
