@@ -7,6 +7,8 @@ import pytest
 from engine import Engine, until
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
+from kvmp.errors import BoundExceeded, ServerLost
+
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
 PROMPT = list(range(18))
@@ -32,8 +34,8 @@ class Panic(BaseException):
 
 ERRORS = (
     Panic("rust"),
-    fakes.ServerLost("gone"),
-    fakes.BoundExceeded("late"),
+    ServerLost("gone"),
+    BoundExceeded("late"),
     MemoryError(),
     AttributeError("x"),
     KeyError(1),
