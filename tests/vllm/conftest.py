@@ -19,9 +19,6 @@ def _vllm_is_installed() -> bool:
 
 collect_ignore_glob = []
 if _vllm_is_installed():
-    import fakes
-
-    fakes.install_missing_modules()
     with warnings.catch_warnings():
         # What torch and vLLM warn of while they are imported is theirs.
         warnings.simplefilter("ignore")

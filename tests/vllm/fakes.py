@@ -5,57 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import sys
-import types
-from enum import IntEnum
 from types import SimpleNamespace
 
 import numpy as np
 
+from kvmp.client import Answer
+from kvmp.errors import BoundExceeded, KvmpError, NamespaceError, ServerLost
+
 BLOCK = 4  # tokens a block
-
-
-class Answer(IntEnum):
-    GRANTED, PRESENT, PENDING, NO_PARENT, NO_SPACE, NOT_ADMITTED, WARMING = range(7)
-
-
-class KvmpError(RuntimeError):
-    pass
-
-
-class ServerLost(KvmpError):  # noqa: N818 (a name of kvmp.errors)
-    pass
-
-
-class BoundExceeded(KvmpError):  # noqa: N818 (a name of kvmp.errors)
-    pass
-
-
-class NamespaceError(KvmpError):
-    pass
-
-
-def install_missing_modules() -> None:
-    """Puts stand-ins where kvmp's compiled parts are not built; leaves real ones alone."""
-    errors = types.ModuleType("kvmp.errors")
-    for error in (KvmpError, ServerLost, BoundExceeded, NamespaceError):
-        setattr(errors, error.__name__, error)
-    client = types.ModuleType("kvmp.client")
-    client.Answer = Answer
-    native = types.ModuleType("kvmp._kvmp")
-    native.namespace_digest = lambda text: hashlib.sha256(
-        json.dumps(json.loads(text), sort_keys=True).encode()
-    ).hexdigest()
-    paged = types.ModuleType("kvmp.paged")
-    paged.PagedKV = FakePaged
-    import kvmp
-
-    for name, module in (("_kvmp", native), ("errors", errors), ("client", client), ("paged", paged)):
-        try:
-            __import__(f"kvmp.{name}")
-        except ImportError:
-            sys.modules[f"kvmp.{name}"] = module
-            setattr(kvmp, name, module)
 
 
 class FakeServer:
@@ -120,9 +77,7 @@ class FakeClient:
         self.missed = self.missed and "ping" in self.server.late
         self._alive()
         if self.server.silent:
-            from kvmp.errors import BoundExceeded as Bound
-
-            raise Bound("no answer to a ping")
+            raise BoundExceeded("no answer to a ping")
         return 0.001
 
     def open(self, spec, timeout_ms=1000):
@@ -137,9 +92,7 @@ class FakeClient:
         self._alive()
         spec = self.server.specs[namespace_id]
         if self.server.digests[namespace_id] != digest or spec["parts"][self.part]["layout"] != json.loads(layout_json):
-            from kvmp.errors import NamespaceError as Refusal
-
-            raise Refusal("another layout than the scheduler's")
+            raise NamespaceError("another layout than the scheduler's")
         self.joins.append(digest)
         return SimpleNamespace(id=namespace_id, digest=digest)
 

@@ -260,6 +260,15 @@ def test_a_worker_that_missed_a_bound_goes_on_after_a_ping(make, server):
     assert len(server.blocks) == 4
 
 
+def test_an_idle_worker_leaves_a_server_that_is_gone(make, server):
+    engine = make()
+    stored(engine)
+    membership = engine.workers[0]._worker._copier._membership
+    assert membership.joined
+    server.gone = True
+    until(lambda: not membership.joined, "the worker left")
+
+
 def test_server_restart_is_followed(make, server):
     engine = make()
     stored(engine)

@@ -7,6 +7,8 @@ import pytest
 from engine import Engine, until
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
+from kvmp.errors import BoundExceeded, ServerLost
+
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
 PROMPT = list(range(18))
@@ -32,8 +34,8 @@ class Panic(BaseException):
 
 ERRORS = (
     Panic("rust"),
-    fakes.ServerLost("gone"),
-    fakes.BoundExceeded("late"),
+    ServerLost("gone"),
+    BoundExceeded("late"),
     MemoryError(),
     AttributeError("x"),
     KeyError(1),
@@ -242,6 +244,7 @@ def test_copy_that_fails_is_aborted_and_load_that_fails_is_reported(server, tmp_
     engine.drain()
     assert server.aborted == 1
     assert engine.pool.pinned == 0
+    engine.close()
 
 
 def test_a_cause_is_logged_once(server, tmp_path, monkeypatch, caplog_vllm):

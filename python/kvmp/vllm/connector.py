@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.logger import init_logger
+
 from kvmp.vllm import compat
 from kvmp.vllm.guard import Guard
 from kvmp.vllm.metadata import PartMeta, StepMeta, WorkerReport
@@ -12,8 +15,6 @@ from kvmp.vllm.options import parse_options
 from kvmp.vllm.scheduler import SchedulerSide
 from kvmp.vllm.stats import KvmpStats
 from kvmp.vllm.worker import WorkerSide
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
-from vllm.logger import init_logger
 
 logger: logging.Logger = init_logger("vllm.kvmp")
 

@@ -25,6 +25,8 @@ SLOW_COPY_VARIABLE = "KVMP_TEST_SLOW_COPY_MS"
 # Stores waiting beyond this are dropped: the engine fills blocks faster than they can be copied. Bytes.
 _WAITING_BYTES = 1 << 30
 _COMMIT_MS = 1000
+# An idle worker sees a hang-up at the latest this much later. Seconds.
+_WATCH_S = 0.2
 # Stores given up while the server could not be told, at most.
 _OWED = 4096
 _STOP_S = 5.0
@@ -125,8 +127,9 @@ class Copier:
         self._membership.close()
 
     def _next(self) -> LoadJob | tuple[StoreJob, bool] | None:
+        while not self._await_work():
+            self._membership.watch()
         with self._condition:
-            self._condition.wait_for(lambda: self._stopping or self._loads or self._stores)
             if self._stopping:
                 return None
             if self._loads:
@@ -134,6 +137,12 @@ class Copier:
             job, fits = self._stores.popleft()
             self._waiting_bytes -= len(job.block_ids) * self._block_bytes
             return job, fits
+
+    def _await_work(self) -> bool:
+        """False when there was none for a while."""
+        wait_s = _WATCH_S if self._membership.joined else None
+        with self._condition:
+            return bool(self._condition.wait_for(lambda: self._stopping or self._loads or self._stores, wait_s))
 
     def _run_load(self, job: LoadJob) -> None:
         try:

@@ -94,12 +94,32 @@ class Membership:
         return client
 
     def _revive(self, session: SessionRef) -> None:
-        """A missed bound is forgiven once a ping is answered; a hang-up is not."""
         self._fail_again(session)
+        if (error := self._ping()) is not None:
+            raise self._remember(session, NotJoinedError(str(error))) from error
+
+    def _ping(self) -> BaseException | None:
+        """A missed bound is forgiven once a ping is answered; a hang-up is not, and the session is left."""
+        from kvmp.errors import BoundExceeded
+
         try:
             self._client.ping(timeout_ms=_PING_MS)
+        except BoundExceeded as error:
+            return error
         except BaseException as error:
-            raise self._remember(session, NotJoinedError(str(error))) from error
+            self.close()
+            return error
+        return None
+
+    @property
+    def joined(self) -> bool:
+        """Whether there is a session, alive or not."""
+        return self._client is not None
+
+    def watch(self) -> None:
+        """Leaves a server that is gone: until then its successor must take it that this worker still copies."""
+        if self._client is not None and self._client.lost:
+            self._ping()
 
     def _join_namespace(self, client: Any, namespace: NamespaceRef) -> Any:
         from kvmp.errors import NamespaceError
