@@ -9,6 +9,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 __version__: str
+__all__ = [
+    "BlockIndex",
+    "BlockLayout",
+    "BoundExceeded",
+    "Client",
+    "ConnectError",
+    "IndexGrant",
+    "IndexHit",
+    "InvalidInput",
+    "KvmpError",
+    "LeaseError",
+    "Namespace",
+    "NamespaceError",
+    "PendingLookup",
+    "PendingReserve",
+    "Policy",
+    "ProtocolError",
+    "ReadLease",
+    "Ring",
+    "SegmentError",
+    "ServerLost",
+    "WriteLease",
+    "__version__",
+    "main",
+    "namespace_digest",
+    "policies",
+]
 
 class KvmpError(RuntimeError): ...
 class ConnectError(KvmpError): ...
