@@ -77,6 +77,7 @@ def reserve(client: Client, ns: Namespace, hashes: NDArray[np.uint8], **where: o
 
 
 def layout_of(memory: NDArray[np.uint8]) -> BlockLayout:
+    """Describes memory that the caller keeps for as long as the layout is used."""
     blocks, size = memory.shape
     return BlockLayout(np.array([[memory.ctypes.data, size, size, 0]], dtype=np.int64), blocks)
 
@@ -90,6 +91,12 @@ def store(scheduler: Client, worker: Client, ns: Namespace, hashes: NDArray[np.u
     worker.store_blocks(layout_of(memory), joined, 0, np.arange(len(hashes)), lease.slots)
     assert worker.commit(lease.lease_id, lease.slots, lease.words) == len(hashes)
     return memory
+
+
+def freeze(server: Server) -> None:
+    """Returns once the server has stopped: the signal alone takes its time."""
+    server.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, server.pid, os.WSTOPPED)
 
 
 def becomes_true(condition: object) -> bool:
@@ -153,7 +160,8 @@ def test_a_load_from_an_evicted_slot_is_told(scheduler: Client, worker: Client, 
     hit.release()
     assert becomes_true(lambda: scheduler.stats()["pins"] == 0)
     assert scheduler.clear() == 4
-    ok = worker.load_blocks(layout_of(np.zeros_like(stored)), joined, 0, np.arange(4), slots, words)
+    loaded = np.zeros_like(stored)
+    ok = worker.load_blocks(layout_of(loaded), joined, 0, np.arange(4), slots, words)
     assert not ok.any()
 
 
@@ -225,7 +233,7 @@ def test_a_block_is_found_only_when_every_part_is_committed(scheduler: Client) -
         assert scheduler.lookup(ns, hash_list(2)).tokens == 2 * BLOCK_TOKENS
 
 
-def test_a_list_longer_than_a_request_is_looked_up_in_pieces(server: Server) -> None:
+def test_a_list_longer_than_a_request_is_looked_up_in_pieces() -> None:
     count = 16_384 + 100
     with kvmp.launch("256MiB") as large, Client.connect(large.endpoint) as scheduler, worker_of(scheduler) as worker:
         ns = scheduler.open(spec())
@@ -376,7 +384,7 @@ def test_a_killed_server_is_noticed_at_once(server: Server, scheduler: Client, n
 
 
 def test_a_server_killed_under_a_waiting_call_ends_the_wait(server: Server, scheduler: Client, ns: Namespace) -> None:
-    server.process.send_signal(signal.SIGSTOP)
+    freeze(server)
     pending = scheduler.submit_lookup(ns, hash_list(1))
     assert pending.poll() is None
     server.kill()
@@ -390,7 +398,7 @@ def test_a_missed_bound_is_a_loss_until_a_ping_is_answered(
     server: Server, scheduler: Client, worker: Client, ns: Namespace
 ) -> None:
     store(scheduler, worker, ns, hash_list(2))
-    server.process.send_signal(signal.SIGSTOP)
+    freeze(server)
     try:
         with pytest.raises(BoundExceeded, match=r"lookup was not answered within 20 ms"):
             scheduler.lookup(ns, hash_list(2), timeout_ms=20)
@@ -415,7 +423,7 @@ def test_a_missed_bound_is_a_loss_until_a_ping_is_answered(
 
 def test_late_grants_are_cancelled(server: Server, scheduler: Client, ns: Namespace) -> None:
     reserve(scheduler, ns, hash_list(1)).cancel()
-    server.process.send_signal(signal.SIGSTOP)
+    freeze(server)
     try:
         with pytest.raises(BoundExceeded):
             scheduler.reserve(ns, hash_list(4), first_block=0, timeout_ms=20)
@@ -459,7 +467,7 @@ def test_a_forked_child_is_told_to_connect_anew(scheduler: Client, ns: Namespace
 
 
 def test_ctrl_c_ends_a_long_wait(server: Server, scheduler: Client) -> None:
-    server.process.send_signal(signal.SIGSTOP)
+    freeze(server)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.05)
         previous = signal.signal(signal.SIGALRM, signal.default_int_handler)

@@ -9,16 +9,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 __version__: str
+__all__ = [
+    "BlockIndex",
+    "BlockLayout",
+    "BoundExceeded",
+    "Client",
+    "ConnectError",
+    "IndexGrant",
+    "IndexHit",
+    "InvalidInput",
+    "KvmpError",
+    "LeaseError",
+    "Namespace",
+    "NamespaceError",
+    "PendingLookup",
+    "PendingReserve",
+    "Policy",
+    "ProtocolError",
+    "ReadLease",
+    "Ring",
+    "SegmentError",
+    "ServerLost",
+    "WriteLease",
+    "__version__",
+    "main",
+    "namespace_digest",
+    "policies",
+]
 
 class KvmpError(RuntimeError): ...
 class ConnectError(KvmpError): ...
-class ServerLost(KvmpError): ...
-class BoundExceeded(KvmpError): ...
+class ServerLost(KvmpError): ...  # noqa: N818 (says what happened)
+class BoundExceeded(KvmpError): ...  # noqa: N818 (says what happened)
 class ProtocolError(KvmpError): ...
 class NamespaceError(KvmpError): ...
 class LeaseError(KvmpError): ...
 class SegmentError(KvmpError): ...
-class InvalidInput(KvmpError, ValueError): ...
+class InvalidInput(KvmpError, ValueError): ...  # noqa: N818 (says what happened)
 
 class _Spec(Protocol):
     def to_json(self) -> str: ...

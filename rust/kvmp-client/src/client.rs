@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kvmp_core::namespace::NamespaceSpec;
-use kvmp_core::segment::{Access, Mapping};
+use kvmp_core::segment::{Access, Layout, Mapping};
 use kvmp_core::slot::PartSum;
 use kvmp_core::wire::{ClientMessage, Op, Opened, Refusal, Role, ServerMessage, SocketError};
 use serde_json::Value;
@@ -22,6 +22,19 @@ use crate::slots::{PartsAt, part_offsets};
 use crate::stats;
 use crate::{Bound, ClientError, Endpoint, Namespace, PendingLookup, PendingReserve, ReserveList};
 
+/// The chunks. A closed client keeps no descriptor of the segment; copies under way hold the mapping themselves.
+enum Arena {
+    Unmapped(File),
+    Mapped(Mapping),
+    Closed,
+}
+
+fn map_arena(segment: &File, layout: &Layout) -> Result<Mapping, ClientError> {
+    let (at, len) = (layout.arena_offset(), layout.geometry.arena_bytes());
+    Mapping::new(segment, at, len, Access::ReadWrite)
+        .map_err(|e| ClientError::Segment(format!("mapping {len} bytes of the arena: {e}")))
+}
+
 /// A connected client. Shared between threads freely: no call holds a lock while it sleeps.
 pub struct Client {
     session: Arc<Session>,
@@ -31,8 +44,7 @@ pub struct Client {
     part: Option<u16>,
     keys_max: u32,
     server_version: String,
-    segment: File,
-    arena: Mutex<Option<Mapping>>,
+    arena: Mutex<Arena>,
     prefault: Mutex<Option<Prefault>>,
 }
 
@@ -44,18 +56,18 @@ impl Client {
     /// or the bound.
     pub fn connect(endpoint: &str, options: &ConnectOptions, bound: &Bound<'_>) -> Result<Self, ClientError> {
         let attached = attach(&endpoint.parse::<Endpoint>()?, options, bound)?;
-        let segment = attached.segment.try_clone().map_err(|e| ClientError::Attach(format!("segment: {e}")))?;
+        let (path, welcome) = (attached.path.clone(), attached.welcome.clone());
+        let (session, segment) = Session::new(attached);
         Ok(Self {
-            endpoint: Endpoint::Unix(attached.path.clone()).to_string(),
+            endpoint: Endpoint::Unix(path).to_string(),
             role: options.role,
-            engine_token: attached.welcome.engine_token,
+            engine_token: welcome.engine_token,
             part: options.part,
-            keys_max: attached.welcome.keys_max.clamp(1, kvmp_core::wire::LOOKUP_MAX),
-            server_version: attached.welcome.server_version.clone(),
-            segment,
-            arena: Mutex::new(None),
+            keys_max: welcome.keys_max.clamp(1, kvmp_core::wire::LOOKUP_MAX),
+            server_version: welcome.server_version,
+            arena: Mutex::new(Arena::Unmapped(segment)),
             prefault: Mutex::new(None),
-            session: Session::new(attached),
+            session,
         })
     }
 
@@ -259,14 +271,13 @@ impl Client {
     /// The arena, mapped at the first ask.
     pub fn arena(&self) -> Result<Mapping, ClientError> {
         let mut arena = self.arena.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(mapping) = arena.as_ref() {
-            return Ok(mapping.clone());
-        }
-        let layout = self.session.table.layout();
-        let (at, len) = (layout.arena_offset(), layout.geometry.arena_bytes());
-        let mapping = Mapping::new(&self.segment, at, len, Access::ReadWrite)
-            .map_err(|e| ClientError::Segment(format!("mapping {len} bytes of the arena: {e}")))?;
-        Ok(arena.insert(mapping).clone())
+        let mapping = match &*arena {
+            Arena::Mapped(mapping) => return Ok(mapping.clone()),
+            Arena::Closed => return Err(ClientError::Lost(LostWhy::Closed)),
+            Arena::Unmapped(segment) => map_arena(segment, self.session.table.layout())?,
+        };
+        *arena = Arena::Mapped(mapping.clone());
+        Ok(mapping)
     }
 
     /// Makes the arena's page-table entries in a thread of its own, so that first copies do not wait for them. Ended by
@@ -358,6 +369,7 @@ impl Client {
             self.session.holder.give_up();
             let prefault = self.prefault.lock().unwrap_or_else(PoisonError::into_inner).take();
             prefault.into_iter().for_each(Prefault::end);
+            *self.arena.lock().unwrap_or_else(PoisonError::into_inner) = Arena::Closed;
         }
     }
 }

@@ -21,9 +21,10 @@ pub struct PendingLookup {
     rest: Vec<[u8; 32]>,
     /// Most hashes in one piece.
     piece: usize,
-    /// Hashes of the piece under way, and of those before it.
+    /// Hashes of the piece under way.
     asked: usize,
-    before: usize,
+    /// Block of the chain that the piece under way begins at.
+    first_block: u32,
     lease: Option<ReadLease>,
 }
 
@@ -37,7 +38,7 @@ impl PendingLookup {
         namespace.check_session(session)?;
         let piece = piece_len(keys_max, namespace, hashes.len())?;
         let (first, rest) = hashes.split_at(piece.min(hashes.len()));
-        let ticket = submit_piece(session, namespace, first)?;
+        let ticket = submit_piece(session, namespace, first, 0)?;
         let lease = ReadLease::empty(session.clone(), namespace.spec().groups.len());
         Ok(Self {
             session: session.clone(),
@@ -46,7 +47,7 @@ impl PendingLookup {
             rest: rest.to_vec(),
             piece,
             asked: first.len(),
-            before: 0,
+            first_block: 0,
             lease: Some(lease),
         })
     }
@@ -87,8 +88,7 @@ impl PendingLookup {
         lease.add(reply.completion.lease, reply.completion.tokens, pinned);
         let runs = runs(&reply.out, lease.groups.len())
             .ok_or_else(|| ClientError::Protocol("a lookup's answer does not add up".into()))?;
-        let stride = self.namespace.spec().groups.first().map_or(1, |group| group.hash_stride as usize).max(1);
-        append(&mut lease.groups, runs, (self.before / stride) as u32);
+        append(&mut lease.groups, runs, self.first_block);
         let hit = self.asked as u64 * u64::from(self.namespace.spec().hash_tokens());
         if self.rest.is_empty() || u64::from(reply.completion.tokens) < hit {
             return Ok(true);
@@ -100,9 +100,9 @@ impl PendingLookup {
     fn next_piece(&mut self) -> Result<(), ClientError> {
         let rest = self.rest.split_off(self.piece.min(self.rest.len()));
         let next = std::mem::replace(&mut self.rest, rest);
-        self.ticket = submit_piece(&self.session, &self.namespace, &next)?;
-        self.before += self.asked;
-        self.asked = next.len();
+        let first_block = self.first_block + (self.asked / stride(&self.namespace)) as u32;
+        self.ticket = submit_piece(&self.session, &self.namespace, &next, first_block)?;
+        (self.first_block, self.asked) = (first_block, next.len());
         Ok(())
     }
 }
@@ -115,7 +115,7 @@ fn piece_len(keys_max: u32, namespace: &Namespace, hashes: usize) -> Result<usiz
     if hashes <= most {
         return Ok(most);
     }
-    let stride = namespace.spec().groups.first().map_or(1, |group| group.hash_stride as usize).max(1);
+    let stride = stride(namespace);
     if !namespace.is_one_prefix() || stride > most {
         return Err(input(
             "hashes",
@@ -125,10 +125,25 @@ fn piece_len(keys_max: u32, namespace: &Namespace, hashes: usize) -> Result<usiz
     Ok(most / stride * stride)
 }
 
-fn submit_piece(session: &Arc<Session>, namespace: &Namespace, hashes: &[[u8; 32]]) -> Result<Ticket, ClientError> {
+/// Hashes a block of the first group.
+fn stride(namespace: &Namespace) -> usize {
+    namespace.spec().groups.first().map_or(1, |group| group.hash_stride as usize).max(1)
+}
+
+fn submit_piece(
+    session: &Arc<Session>,
+    namespace: &Namespace,
+    hashes: &[[u8; 32]],
+    first_block: u32,
+) -> Result<Ticket, ClientError> {
     session.submit(&Ask {
         op: Op::Lookup,
-        entry: Submission { namespace: namespace.id(), count: hashes.len() as u32, ..Submission::default() },
+        entry: Submission {
+            namespace: namespace.id(),
+            count: hashes.len() as u32,
+            first_block,
+            ..Submission::default()
+        },
         input: &[hashes.as_flattened()],
         out_bytes: out_bytes_lookup(namespace.spec().groups.len(), hashes.len()),
     })

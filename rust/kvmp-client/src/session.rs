@@ -3,6 +3,7 @@
 //! The lock is held to publish and to harvest, never while sleeping. Sleepers are counted under it, so that the
 //! parked word is set as long as anybody of this process sleeps; who harvests another's reply wakes the others.
 
+use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -56,9 +57,9 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// The session of an attach, beside what only the client keeps of it.
-    pub fn new(attached: Attached) -> Arc<Self> {
-        let Attached { welcome, control, doorbell, holder, ring, table, .. } = attached;
+    /// The session of an attach, and the segment's file, which only the client keeps.
+    pub fn new(attached: Attached) -> (Arc<Self>, File) {
+        let Attached { welcome, control, doorbell, holder, ring, table, segment, .. } = attached;
         let state = State {
             submissions: Producer::new(ring.queue(SUBMISSIONS)),
             completions: Consumer::new(ring.queue(COMPLETIONS)),
@@ -67,7 +68,7 @@ impl Session {
             old_ping: None,
         };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Arc::new(Self {
+        let session = Self {
             number: welcome.session,
             epoch: welcome.server_epoch,
             segment_id: welcome.segment_id,
@@ -83,7 +84,8 @@ impl Session {
             spin: if cores <= FEW_CORES { Duration::ZERO } else { SPIN },
             forks: fork::forks(),
             pid: std::process::id(),
-        })
+        };
+        (Arc::new(session), segment)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

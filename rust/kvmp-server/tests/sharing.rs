@@ -1,4 +1,6 @@
 //! Engines that share one server: hits across engines, parts, slot sizes that compete for chunks.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop where it is")]
+#![allow(dead_code, reason = "each test binary uses its share of `support`")]
 
 mod support;
 

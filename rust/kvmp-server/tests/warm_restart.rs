@@ -1,5 +1,7 @@
 //! The real binary, killed with SIGKILL and started again: what was Ready is there, what was Writing comes back only when
 //! its writer is gone.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop where it is")]
+#![allow(dead_code, reason = "each test binary uses its share of `support`")]
 
 mod support;
 

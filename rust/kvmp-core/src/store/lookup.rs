@@ -28,10 +28,22 @@ pub struct LookupCursor {
     now: Ticks,
     lease: Option<LeaseId>,
     groups: Vec<Found>,
+    /// Position of the list's first block: a list longer than one request takes goes on in another.
+    first_block: usize,
     /// Hashes seen.
     hashes: usize,
     /// A prefix group has ended: no further key can matter.
     ended: bool,
+}
+
+impl LookupCursor {
+    /// The list goes on at this block of its chain: its first key is looked for there. For namespaces of one prefix
+    /// group, whose earlier blocks the caller has found (and leased) already; called before the first step.
+    #[must_use]
+    pub fn going_on_at(mut self, first_block: u32) -> Self {
+        self.first_block = first_block as usize;
+        self
+    }
 }
 
 /// What a group has found so far.
@@ -53,7 +65,7 @@ impl<T: SlotTable> BlockStore<T> {
     ) -> Result<LookupCursor, StoreError> {
         let groups = self.namespace(namespace)?.groups.iter().map(|_| Found::default()).collect();
         self.counters.lookups += 1;
-        Ok(LookupCursor { engine, namespace, now, lease: None, groups, hashes: 0, ended: false })
+        Ok(LookupCursor { engine, namespace, now, lease: None, groups, first_block: 0, hashes: 0, ended: false })
     }
 
     /// Takes the next keys, in order from the first. Returns whether further keys can matter.
@@ -101,7 +113,8 @@ impl<T: SlotTable> BlockStore<T> {
         let first = stride - 1 - cursor.hashes % stride;
         let found = &mut cursor.groups[id];
         if prefix {
-            self.step_prefix(cursor.namespace, id, cursor.now, found, keys.iter().skip(first).step_by(stride));
+            let at = (id, cursor.first_block);
+            self.step_prefix(cursor.namespace, at, cursor.now, found, keys.iter().skip(first).step_by(stride));
             cursor.ended |= found.ended;
         } else {
             self.step_others(cursor.namespace, id, found, keys.iter().skip(first).step_by(stride));
@@ -113,7 +126,7 @@ impl<T: SlotTable> BlockStore<T> {
     fn step_prefix<'a>(
         &mut self,
         namespace: NamespaceId,
-        group: usize,
+        (group, first_block): (usize, usize),
         now: Ticks,
         found: &mut Found,
         keys: impl Iterator<Item = &'a BlockKey> + Clone,
@@ -131,7 +144,7 @@ impl<T: SlotTable> BlockStore<T> {
         let mut position = first;
         for key in keys {
             let guess = found.blocks[position].0;
-            let Some(slot) = self.ready_at(namespace, group, key, position as u32, guess) else {
+            let Some(slot) = self.ready_at(namespace, group, key, (first_block + position) as u32, guess) else {
                 found.ended = true;
                 break;
             };

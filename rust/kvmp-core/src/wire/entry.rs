@@ -131,7 +131,7 @@ pub struct Submission {
     pub out_bytes: u32,
     /// Lease, for commit, abort, cancel, release.
     pub lease: u64,
-    /// Index of the first block in its chain, for reserve.
+    /// Index of the first block in its chain, for reserve, and for a lookup that goes on where another one ended.
     pub first_block: u32,
     /// Zero.
     pub reserved: u32,

@@ -140,7 +140,10 @@ impl Plane {
         }
         let now = self.now();
         Ok(match self.store.lookup_begin(session.engine, namespace, now) {
-            Ok(cursor) => self.lookup_slice(session, *submission, cursor, 0),
+            Ok(cursor) => {
+                let cursor = cursor.going_on_at(submission.first_block);
+                self.lookup_slice(session, *submission, cursor, 0)
+            }
             Err(_) => code(submission, Code::UnknownNamespace),
         })
     }
