@@ -238,7 +238,7 @@ proptest! {
             // Half of them with small numbers, so that they get past the first checks.
             let tame = Submission { op, count: wild.count % 8, in_offset: wild.in_offset % 4096, in_bytes: wild.count % 8 * 32,
                 out_offset: wild.out_offset % 4096, out_bytes: 4096, namespace: wild.namespace % 2, flags: 0, ..wild };
-            let mut entry = if wild.request % 2 == 0 { wild } else { tame };
+            let mut entry = if wild.request.is_multiple_of(2) { wild } else { tame };
             // A clear is anybody's right, and would take the bystander's blocks.
             entry.op = if entry.op == Op::Clear as u8 { 0 } else { entry.op };
             let _ = producer.push(&entry.to_entry());
