@@ -83,3 +83,13 @@ def bindings(cores: list[int], ranks: int) -> str:
     spare = 2 if len(cores) >= 4 + ranks else 0  # for the engine core and the copies, where there are enough
     usable = cores[: len(cores) - spare]
     return "|".join(",".join(map(str, usable[rank::ranks] or usable[:1])) for rank in range(ranks))
+
+
+def on_core(number: int) -> dict[str, str]:
+    """Environment that keeps an engine of one rank on one core, `number` counted round the cores there are.
+
+    Engines side by side need it: vLLM binds every engine's main thread to the same first core, where one that steps
+    without work (it spins) leaves the others next to nothing.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    return {"VLLM_CPU_OMP_THREADS_BIND": str(cores[number % len(cores)])}

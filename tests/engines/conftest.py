@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from demo.engine import ROOT, Engine
-from demo.engine_config import EngineConfig
+from demo.engine_config import EngineConfig, on_core
 from demo.model import ensure_model
 from tests.engines.harness import Reference
 
@@ -47,8 +47,11 @@ def start_engine(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     folder, count = tmp_path_factory.mktemp("engines"), 0
     with ExitStack() as engines:
 
-        def start(**config: Any) -> Engine:
+        def start(*, env: dict[str, str] | None = None, **config: Any) -> Engine:
             nonlocal count
+            if config.get("tensor_parallel", 1) == 1:
+                env = on_core(count) | (env or {})
+            config["env"] = env or {}
             count += 1
             return engines.enter_context(Engine(EngineConfig(model, **config), folder / f"engine-{count}.log"))
 

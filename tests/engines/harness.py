@@ -9,7 +9,7 @@ from typing import Any
 
 import kvmp
 from demo.engine import Engine
-from demo.engine_config import EngineConfig
+from demo.engine_config import EngineConfig, on_core
 from demo.model import VOCABULARY
 
 BLOCK = 32
@@ -67,7 +67,7 @@ class Reference:
     """An engine without kvmp and without a prefix cache, started at the first question."""
 
     def __init__(self, model: str, log: Path):
-        self._config = EngineConfig(model, engine_args={"enable_prefix_caching": False})
+        self._config = EngineConfig(model, engine_args={"enable_prefix_caching": False}, env=on_core(-1))
         self._log = log
         self._engine: Engine | None = None
         self._known: dict[tuple[tuple[int, ...], int], list[int]] = {}
