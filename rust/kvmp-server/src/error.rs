@@ -79,6 +79,14 @@ pub enum ServerError {
     /// A running server was asked for something and it did not work out.
     #[error("{0}")]
     Asked(String),
+    /// A segment file that cannot be used or is not there.
+    #[error("segment {}: {why}", path.display())]
+    Segment {
+        /// Path of the file.
+        path: PathBuf,
+        /// What is wrong with it, and the mend.
+        why: String,
+    },
     /// A system call failed.
     #[error("{what}: {source}")]
     Os {

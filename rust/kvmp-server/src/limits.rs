@@ -113,9 +113,23 @@ fn level(dir: &Path, limit: &str, usage: &str) -> Option<Bound> {
     Some(Bound {
         what: format!("the memory cgroup {}", dir.display()),
         total,
-        free: total.saturating_sub(read(usage).unwrap_or(0)),
+        free: total.saturating_sub(read(usage).unwrap_or(0).saturating_sub(reclaimable(dir))),
         mend: format!("raise {}", dir.join(limit).display()),
     })
+}
+
+/// Page cache of files, which counts as used but is given up when memory is wanted.
+fn reclaimable(dir: &Path) -> u64 {
+    let text = fs::read_to_string(dir.join("memory.stat")).unwrap_or_default();
+    let value = |key: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
+        line.and_then(|value| value.trim().parse::<u64>().ok())
+    };
+    // v1 counts a hierarchy under the names with `total_`; its plain ones leave the children out.
+    let sum = |prefix: &str| {
+        Some(value(&format!("{prefix}inactive_file"))? + value(&format!("{prefix}active_file")).unwrap_or(0))
+    };
+    sum("total_").or_else(|| sum("")).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -139,10 +153,11 @@ mod tests {
             ("proc/self/cgroup", "0::/a/b\n"),
             ("cg/a/memory.max", "1000\n"),
             ("cg/a/memory.current", "400\n"),
+            ("cg/a/memory.stat", "anon 100\ninactive_file 200\nactive_file 50\n"),
             ("cg/a/b/memory.max", "max\n"),
         ]);
         let found = cgroups(&sources);
-        assert_eq!(found.iter().map(|b| (b.total, b.free)).collect::<Vec<_>>(), [(1000, 600)]);
+        assert_eq!(found.iter().map(|b| (b.total, b.free)).collect::<Vec<_>>(), [(1000, 850)]);
         assert!(found[0].mend.ends_with("a/memory.max"));
     }
 

@@ -28,6 +28,7 @@ pub(crate) fn recover(segment: &SegmentFile, namespaces: &mut Namespaces, policy
             namespaces.remove(id);
         }
     }
+    store.recover_begin(slots(table));
     let mut cold = Vec::new();
     for chunk in (0..geometry.chunks).map(ChunkId) {
         match table.chunk(chunk) {
@@ -44,6 +45,16 @@ pub(crate) fn recover(segment: &SegmentFile, namespaces: &mut Namespaces, policy
     }
     let report = store.recover_finish();
     Recovery { store, cold, report }
+}
+
+/// Slots of all assigned chunks: as many blocks may be found.
+fn slots(table: &TableMap) -> u64 {
+    let geometry = table.layout().geometry;
+    let of = |chunk| match table.chunk(chunk) {
+        Some(ChunkWord::Assigned(pages) | ChunkWord::Draining(pages)) => u64::from(geometry.slots_per_chunk(pages)),
+        _ => 0,
+    };
+    (0..geometry.chunks).map(ChunkId).map(of).sum()
 }
 
 fn records(table: &TableMap, chunk: ChunkId, pages: u32) -> Vec<FoundRecord> {

@@ -15,7 +15,7 @@ use crate::config::{ConfigSource, ServerConfig};
 use crate::error::{Context, ServerError};
 use crate::limits::{Sources, bounds, tightest_total};
 use crate::listen::{BoundSocket, Control, ControlStart, Rendezvous};
-use crate::plane::{Command, Namespaces, Plane, PlaneHandle, PlaneStart};
+use crate::plane::{Command, Faults, Namespaces, Plane, PlaneHandle, PlaneStart};
 use crate::recovery::{Recovery, recover};
 use crate::segment::backing::{Backing, Ended};
 use crate::segment::{Found, HolderLocks, SegmentFile};
@@ -138,6 +138,54 @@ fn check_size(config: &ServerConfig, geometry: &Geometry, sources: &Sources) -> 
     }
 }
 
+/// A descriptor of the server's own to ask for locks with.
+fn holder_locks(segment: &SegmentFile) -> Result<HolderLocks, ServerError> {
+    segment.reopen(true).map(|fd| HolderLocks::new(fd.into())).doing(|| "opening the segment".into())
+}
+
+/// Recovers the store and makes the data plane over it; gives the chunks that have no memory yet.
+fn make_plane(
+    config: &ServerConfig,
+    segment: &Arc<SegmentFile>,
+    commands: Receiver<Command>,
+    bell: Arc<OwnedFd>,
+    faults: Faults,
+) -> Result<(Plane, Vec<ChunkId>), ServerError> {
+    let policy = kvmp_core::policy::factory(&config.policy)
+        .map_err(|e| ServerError::Config { key: "--policy".into(), why: e.to_string() })?;
+    if let Found::Replaced(why) = &segment.found {
+        tracing::warn!("{} is replaced by a new, empty one: {why}", segment.path().display());
+    }
+    let holders = holder_locks(segment)?;
+    // Before recovery: whoever holds an entry now may be storing into what recovery finds Writing.
+    let held_before = holders.held().doing(|| "asking for locks".into())?;
+    let mut namespaces = Namespaces::new(Arc::clone(segment));
+    let Recovery { store, cold, report } = recover(segment, &mut namespaces, policy);
+    segment.recovered();
+    if segment.found == Found::Segment {
+        tracing::info!(
+            "{} recovered: {} blocks kept, {} dropped, {} held back until their writers are gone",
+            segment.path().display(),
+            report.kept,
+            report.evicted,
+            report.quarantined
+        );
+    }
+    let start = PlaneStart {
+        segment: Arc::clone(segment),
+        store,
+        namespaces,
+        holders,
+        held_before,
+        quarantined: report.quarantined > 0,
+        commands,
+        bell,
+        faults,
+        policy: config.policy.clone(),
+    };
+    Ok((Plane::new(start).doing(|| "making the data plane".into())?, cold))
+}
+
 impl Server {
     /// Settings for a new server.
     #[must_use]
@@ -150,58 +198,38 @@ impl Server {
         let geometry = Geometry::new(config.size, config.chunk)?;
         let sources = Sources::default();
         check_size(&config, &geometry, &sources)?;
-        let policy = kvmp_core::policy::factory(&config.policy)
-            .map_err(|e| ServerError::Config { key: "--policy".into(), why: e.to_string() })?;
         let segment = Arc::new(SegmentFile::open(&config, geometry)?);
-        if let Found::Replaced(why) = &segment.found {
-            tracing::warn!("{} is replaced by a new, empty one: {why}", segment.path().display());
+        let started = Self::start_on(config, Arc::clone(&segment), sources);
+        if started.is_err() && segment.found != Found::Segment {
+            // Nobody has seen the file that this start made.
+            segment.unlink();
         }
-        let holders =
-            || segment.reopen(true).map(|fd| HolderLocks::new(fd.into())).doing(|| "opening the segment".into());
-        let held_before = if segment.found == Found::Segment {
-            holders()?.held().doing(|| "asking for locks".into())?
-        } else {
-            Vec::new()
-        };
-        let mut namespaces = Namespaces::new(Arc::clone(&segment));
-        let Recovery { store, cold, report } = recover(&segment, &mut namespaces, policy);
-        segment.recovered();
-        if segment.found == Found::Segment {
-            tracing::info!(
-                "{} recovered: {} blocks kept, {} dropped, {} held back until their writers are gone",
-                segment.path().display(),
-                report.kept,
-                report.evicted,
-                report.quarantined
-            );
-        }
-        let (commands, receiver) = channel();
-        let bell = make_bell()?;
-        let plane = PlaneHandle::new(commands, Arc::clone(&bell));
-        let start = PlaneStart {
-            segment: Arc::clone(&segment),
-            store,
-            namespaces,
-            holders: holders()?,
-            held_before: if report.quarantined > 0 { held_before } else { Vec::new() },
-            quarantined: report.quarantined > 0,
-            commands: receiver,
-            bell,
-            policy: config.policy.clone(),
-        };
-        let data_plane = Plane::new(start).doing(|| "making the data plane".into())?;
+        started
+    }
+
+    fn start_on(config: ServerConfig, segment: Arc<SegmentFile>, sources: Sources) -> Result<Self, ServerError> {
+        // Bound before recovery, so that a path that cannot be costs nothing; nobody is answered before the threads run.
         let socket = BoundSocket::bind(&config.socket)?;
         let socket_path = socket.path().to_owned();
         let rendezvous = Rendezvous::start(&config, &socket_path)?;
+        let (commands, receiver) = channel();
+        let bell = make_bell()?;
+        let plane = PlaneHandle::new(commands, Arc::clone(&bell));
+        let (fault, faults) = channel();
+        let faults_bell = make_bell()?;
+        let (data_plane, cold) =
+            make_plane(&config, &segment, receiver, bell, Faults::new(fault, Arc::clone(&faults_bell)))?;
         let stop = Arc::new(Stop { flag: AtomicBool::new(false), bell: make_bell()? });
         let (fail, failed) = channel();
         let control = Control::new(ControlStart {
             socket,
             segment: Arc::clone(&segment),
-            holders: holders()?,
+            holders: holder_locks(&segment)?,
             plane: plane.clone(),
             allow_uids: config.allow_uids.clone(),
             stop: Arc::clone(&stop.bell),
+            faults,
+            faults_bell,
         });
         let mut server = Self { config, segment, socket_path, plane, stop, rendezvous, threads: Vec::new(), failed };
         server.threads.push(spawn("kvmp-plane", move || data_plane.run())?);

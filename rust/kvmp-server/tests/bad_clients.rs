@@ -99,7 +99,12 @@ impl House {
         let raw = Raw::attach(&self.socket(), Role::Scheduler);
         deed(&raw);
         raw.knock();
-        until("the session is ended", || self.bystander.stat("protocol_errors") == before + 1);
+        let (message, _) = receive::<ServerMessage>(&raw.socket).unwrap();
+        let told =
+            matches!(&message, ServerMessage::Refused { refusal: Refusal::Protocol, message } if !message.is_empty());
+        assert!(told, "{message:?}");
+        assert!(matches!(receive::<ServerMessage>(&raw.socket), Err(SocketError::HangUp)));
+        assert_eq!(self.bystander.stat("protocol_errors"), before + 1);
         assert_eq!(self.bystander.stat("sessions"), sessions);
         self.unharmed();
     }

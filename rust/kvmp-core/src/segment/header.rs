@@ -52,6 +52,14 @@ pub struct SegmentHeader {
     pub recoveries_begun: u64,
 }
 
+/// The kernel's boot id: tmpfs does not outlive a boot, so neither does a segment.
+pub fn boot_id() -> std::io::Result<[u8; 16]> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    let hex: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    let id = u128::from_str_radix(&hex, 16).map_err(std::io::Error::other)?;
+    Ok(id.to_be_bytes())
+}
+
 /// Why a file is not taken as a segment.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum HeaderError {

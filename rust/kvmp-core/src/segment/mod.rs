@@ -11,7 +11,7 @@ mod record;
 #[cfg(not(loom))]
 mod table;
 
-pub use header::{HeaderError, SegmentHeader, SegmentId};
+pub use header::{HeaderError, SegmentHeader, SegmentId, boot_id};
 pub use layout::{
     HOLDER_ENTRY, HOLDERS, Layout, MAX_SPEC_BYTES, NAMESPACE_ENTRY, NAMESPACES, PARKED_OFFSET, holder_offset,
 };

@@ -4,7 +4,7 @@
 //! committed is Ready. One whose part was aborted is Quarantined, out of index and chain, until the
 //! others are closed too: somebody may still be writing into it.
 
-use crate::ids::{EngineToken, LeaseId, PartId, SlotId};
+use crate::ids::{EngineToken, LeaseId, NamespaceId, PartId, SlotId};
 use crate::slot::{PartSum, SlotWord};
 
 use super::BlockStore;
@@ -60,6 +60,12 @@ impl<T: SlotTable> BlockStore<T> {
         self.drop_if_done(lease);
         self.counters.refused_parts += u64::from(reply.refused);
         reply
+    }
+
+    /// Namespace of a write lease, while the lease is there.
+    #[must_use]
+    pub fn lease_namespace(&self, lease: LeaseId) -> Option<NamespaceId> {
+        self.writes.get(&lease).map(|entry| entry.namespace)
     }
 
     /// Aborts every part of every slot: the scheduler told no worker of this lease. Returns whether the
@@ -157,7 +163,7 @@ impl<T: SlotTable> BlockStore<T> {
             at = self.blocks.hot[leaf].parent;
             if self.blocks.hot[leaf].state == BlockState::Ready {
                 if self.blocks.hot[leaf].pins > 0 {
-                    self.drop_guards(leaf);
+                    self.drop_all_pins(leaf);
                 }
                 self.evict_leaf(leaf);
             } else {

@@ -9,6 +9,27 @@ use super::answers::{ReserveAnswer, TooFewVictims};
 use super::blocks::{BlockState, evictable};
 use super::table::SlotTable;
 
+/// Slots that a slice of a clear looks at.
+const CLEAR_SLICE: u32 = 16_384;
+
+/// A clear between two slices.
+#[derive(Clone, Copy, Debug)]
+pub struct ClearCursor {
+    namespace: Option<NamespaceId>,
+    chunk: u32,
+    index: u32,
+    /// Blocks evicted so far.
+    pub cleared: u64,
+}
+
+impl ClearCursor {
+    /// From the first chunk on; of one namespace or of all.
+    #[must_use]
+    pub fn new(namespace: Option<NamespaceId>) -> Self {
+        Self { namespace, chunk: 0, index: 0, cleared: 0 }
+    }
+}
+
 impl<T: SlotTable> BlockStore<T> {
     /// A Free slot, by eviction if need be. `may_move` says whether this request may still try to take
     /// a chunk from another slot size: choosing one looks at every chunk, so it is done once a slice.
@@ -161,19 +182,33 @@ impl<T: SlotTable> BlockStore<T> {
     /// Evicts in place every block of a namespace (of all with `None`) that is Ready and on which
     /// nothing pinned or Writing hangs. Returns how many went.
     pub fn clear(&mut self, namespace: Option<NamespaceId>) -> u64 {
+        let mut cursor = ClearCursor::new(namespace);
+        while self.clear_step(&mut cursor) {}
+        cursor.cleared
+    }
+
+    /// One slice of a clear: some ten thousand slots, and whatever hangs on them. Returns whether there are more.
+    pub fn clear_step(&mut self, cursor: &mut ClearCursor) -> bool {
+        let geometry = self.config.geometry;
         let marked = self.mark_blocked();
-        let mut count = 0;
-        for chunk in 0..self.config.geometry.chunks {
-            for slot in self.blocks.hot.slots_in(ChunkId(chunk)) {
-                if self.clears(slot, namespace) {
-                    count += self.evict_subtree(slot);
-                }
+        let (mut looked_at, before) = (0, cursor.cleared);
+        while looked_at < CLEAR_SLICE && cursor.chunk < geometry.chunks {
+            let chunk = ChunkId(cursor.chunk);
+            if cursor.index >= self.blocks.hot.slots_of(chunk) {
+                (cursor.chunk, cursor.index) = (cursor.chunk + 1, 0);
+                continue;
+            }
+            let slot = geometry.slot(chunk, cursor.index);
+            cursor.index += 1;
+            looked_at += 1;
+            if self.clears(slot, cursor.namespace) {
+                cursor.cleared += self.evict_subtree(slot);
             }
         }
         self.unmark(marked);
-        self.counters.evictions -= count;
-        self.counters.cleared += count;
-        count
+        self.counters.evictions -= cursor.cleared - before;
+        self.counters.cleared += cursor.cleared - before;
+        cursor.chunk < geometry.chunks
     }
 
     fn clears(&self, slot: SlotId, namespace: Option<NamespaceId>) -> bool {

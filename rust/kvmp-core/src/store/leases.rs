@@ -4,7 +4,7 @@
 //! open parts; it ends when the last part of the last slot is closed, and no TTL closes a part.
 
 use crate::clock::Ticks;
-use crate::ids::{EngineToken, LeaseId, PartId, SlotId};
+use crate::ids::{EngineToken, LeaseId, NamespaceId, PartId, SlotId};
 use crate::slot::PartSum;
 
 use super::BlockStore;
@@ -34,6 +34,8 @@ pub(super) struct ReadLease {
 #[derive(Debug)]
 pub(super) struct WriteLease {
     pub engine: EngineToken,
+    /// Namespace of its blocks.
+    pub namespace: NamespaceId,
     /// Pages of a slot.
     pub pages: u32,
     pub parts: u16,
@@ -52,9 +54,10 @@ pub(super) struct WriteLease {
 }
 
 impl WriteLease {
-    pub fn new(engine: EngineToken, pages: u32, parts: u16) -> Self {
+    pub fn new(engine: EngineToken, namespace: NamespaceId, pages: u32, parts: u16) -> Self {
         Self {
             engine,
+            namespace,
             pages,
             parts,
             slots: Vec::new(),
@@ -203,14 +206,21 @@ impl<T: SlotTable> BlockStore<T> {
         old.into_iter().for_each(|slot| self.unpin(slot));
     }
 
-    /// A Ready block goes with a Writing one it hung on: no reservation extends it any more. No read
-    /// lease can have pinned it, as a lookup stops at the Writing block.
-    pub(super) fn drop_guards(&mut self, slot: SlotId) {
+    /// A Ready block goes with a Writing one it hung on: no reservation extends it any more, and no read lease keeps
+    /// it. (A lookup stops at a Writing block, but a long list's next piece begins behind it.)
+    pub(super) fn drop_all_pins(&mut self, slot: SlotId) {
+        let mut dropped = 0;
         for entry in self.writes.values_mut().filter(|entry| entry.guard == Some(slot)) {
             entry.guard = None;
-            self.blocks.hot[slot].pins -= 1;
-            self.counters.pins -= 1;
+            dropped += 1;
         }
+        for lease in self.reads.values_mut() {
+            let before = lease.pins.len();
+            lease.pins.retain(|pinned| *pinned != slot);
+            dropped += before - lease.pins.len();
+        }
+        self.blocks.hot[slot].pins -= dropped as u32;
+        self.counters.pins -= dropped as u64;
     }
 
     /// Removes a write lease that holds nothing and cannot get anything any more.

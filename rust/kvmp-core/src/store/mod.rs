@@ -33,6 +33,7 @@ use crate::policy::PolicyFactory;
 pub use answers::{
     AbortReply, CommitReply, GroupHit, LookupReply, ReserveAnswer, ReserveReply, StoreError, TooFewVictims,
 };
+pub use evict::ClearCursor;
 pub use lookup::LookupCursor;
 pub use recover::{FoundRecord, Recovered};
 pub use reserve::ReserveCursor;

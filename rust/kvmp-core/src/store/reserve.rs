@@ -60,7 +60,7 @@ impl<T: SlotTable> BlockStore<T> {
         let before = parent.filter(|_| prefix).map(|key| self.parent_block(namespace, group, &key, first_block));
         let stopped = matches!(before, Some(None)).then_some(ReserveAnswer::NoParent);
         let lease = self.new_lease();
-        self.writes.insert(lease, WriteLease::new(engine, pages, parts));
+        self.writes.insert(lease, WriteLease::new(engine, namespace, pages, parts));
         self.engine(engine);
         let mut cursor = ReserveCursor {
             lease,

@@ -2,7 +2,7 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::net::{
@@ -82,10 +82,18 @@ pub fn receive<M: for<'de> Deserialize<'de>>(socket: impl AsFd) -> Result<(M, Ve
     Ok((Frame::decode(&bytes[..got.bytes])?, fds))
 }
 
-/// Effective uid of the process at the other end when it connected (or listened).
+/// Effective uid and pid of the process at the other end when it connected (or listened); the pid is 0 for a process
+/// that this one's pid namespace does not show, as a server outside is to a container (rustix takes that for an error).
 pub fn peer_uid(socket: impl AsFd) -> Result<(u32, i32), SocketError> {
-    let credentials = rustix::net::sockopt::socket_peercred(socket)?;
-    Ok((credentials.uid.as_raw(), credentials.pid.as_raw_nonzero().get()))
+    let mut credentials = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
+    let (fd, option) = (socket.as_fd().as_raw_fd(), (&raw mut credentials).cast());
+    // SAFETY: the descriptor is open for the call; `option` and `len` are locals of the size that SO_PEERCRED writes.
+    let done = unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_PEERCRED, option, &raw mut len) };
+    if done != 0 {
+        return Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL).into());
+    }
+    Ok((credentials.uid, credentials.pid))
 }
 
 #[cfg(test)]

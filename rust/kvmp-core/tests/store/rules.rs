@@ -487,3 +487,37 @@ fn a_policy_may_turn_a_block_away() {
     assert_eq!(letters(&s.reserve(&keys(0..3), at(0)).1), "ann");
     s.validate().unwrap();
 }
+
+#[test]
+fn a_pin_behind_a_block_that_is_aborted_goes_with_its_block() {
+    let mut s = store(1, 1, 1);
+    let (parent, answers) = s.reserve(&keys(0..1), at(0));
+    assert_eq!(s.fill(Some(0), 1, &keys(1..2), at(0)), "G", "the child is Ready before its parent");
+    let mut cursor = s.lookup_begin(OTHER, NS, at(0)).unwrap().going_on_at(1);
+    s.lookup_step(&mut cursor, &keys(1..2));
+    let reply = s.lookup_finish(cursor);
+    assert!(reply.lease.is_some() && s.stats().pins == 1);
+    assert_eq!(s.abort(ENGINE, parent.lease.unwrap(), PartId(0), &granted(&answers)).aborted, 1);
+    assert_eq!((s.stats().pins, s.stats().blocks_ready), (0, 0));
+    s.validate().unwrap();
+    assert!(s.release(OTHER, reply.lease.unwrap()));
+    s.validate().unwrap();
+}
+
+#[test]
+fn a_clear_in_slices_leaves_what_is_pinned() {
+    let mut s = store(40, 1, 1);
+    for chain in 0..40 {
+        s.fill(None, 0, &keys(chain * 1000..chain * 1000 + 500), at(0));
+    }
+    let held = s.lookup(&keys(0..10), at(0));
+    let mut cursor = kvmp_core::store::ClearCursor::new(None);
+    let mut slices = 1;
+    while s.clear_step(&mut cursor) {
+        s.validate().unwrap();
+        slices += 1;
+    }
+    assert!(slices > 1 && cursor.cleared == 40 * 500 - 10, "{slices} slices, {}", cursor.cleared);
+    assert_eq!((s.stats().cleared, s.stats().evictions, s.stats().blocks_ready), (40 * 500 - 10, 0, 10));
+    assert!(s.release(ENGINE, held.lease.unwrap()));
+}

@@ -6,6 +6,8 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
 
 use kvmp_core::ids::EngineToken;
 use kvmp_core::ring::Ring;
@@ -14,13 +16,18 @@ use kvmp_core::wire::{
     ClientMessage, Geometries, Hello, LOOKUP_MAX, Refusal, Role, ServerMessage, SocketError, Welcome, peer_uid,
     receive, send,
 };
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::net::SocketFlags;
 
 use super::socket::BoundSocket;
-use crate::plane::{Attach, Command, PlaneHandle, Refused, SessionId};
+use crate::plane::{Attach, Command, PlaneHandle, Refused, SessionId, refused};
 use crate::segment::{HolderLocks, SegmentFile};
+
+/// Between two tries to accept while the system has no descriptors left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long a connection may take over its hello.
+const HELLO_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What the control thread works with.
 pub(crate) struct ControlStart {
@@ -31,12 +38,23 @@ pub(crate) struct ControlStart {
     pub allow_uids: Vec<u32>,
     /// Readable when the thread should stop.
     pub stop: Arc<OwnedFd>,
+    /// Sessions that the data plane ended, and why; the descriptor is readable when there are any.
+    pub faults: Receiver<(SessionId, String)>,
+    pub faults_bell: Arc<OwnedFd>,
 }
 
 struct Connection {
     fd: OwnedFd,
     /// Set by Welcome.
     session: Option<SessionId>,
+    since: Instant,
+}
+
+/// Something to do.
+enum Event {
+    Listener,
+    Faults,
+    Connection(u64),
 }
 
 /// The control thread's state.
@@ -44,6 +62,8 @@ pub(crate) struct Control {
     start: ControlStart,
     connections: HashMap<u64, Connection>,
     next: u64,
+    /// Set after an accept that failed: not before then.
+    accept_again: Option<Instant>,
 }
 
 /// Descriptors and mapping of a new session.
@@ -52,10 +72,6 @@ struct SessionFiles {
     ring: OwnedFd,
     ring_map: Ring,
     doorbell: OwnedFd,
-}
-
-fn refusal(refusal: Refusal, message: impl Into<String>) -> Refused {
-    Refused { refusal, message: message.into() }
 }
 
 fn make_ring() -> io::Result<(OwnedFd, Ring)> {
@@ -68,28 +84,37 @@ fn make_ring() -> io::Result<(OwnedFd, Ring)> {
 
 impl Control {
     pub fn new(start: ControlStart) -> Self {
-        Self { start, connections: HashMap::new(), next: 1 }
+        Self { start, connections: HashMap::new(), next: 1, accept_again: None }
     }
 
     /// Serves until told to stop.
     pub fn run(mut self) {
         while let Some(ready) = self.wait() {
-            for id in ready {
-                match id {
-                    None => self.accept_all(),
-                    Some(id) => self.serve(id),
+            for event in ready {
+                match event {
+                    Event::Listener => self.accept_all(),
+                    Event::Faults => self.end_faulted(),
+                    Event::Connection(id) => self.serve(id),
                 }
             }
+            self.drop_silent();
         }
     }
 
-    /// What is readable: `None` the listener, `Some` a connection. Nothing at all: stop.
-    fn wait(&self) -> Option<Vec<Option<u64>>> {
+    /// What is readable; `None`: stop.
+    fn wait(&self) -> Option<Vec<Event>> {
         let ids: Vec<u64> = self.connections.keys().copied().collect();
+        let mut events = vec![Event::Faults];
+        events.extend(ids.iter().map(|id| Event::Connection(*id)));
         let mut fds =
-            vec![PollFd::new(&*self.start.stop, PollFlags::IN), PollFd::new(&self.start.socket.fd, PollFlags::IN)];
+            vec![PollFd::new(&*self.start.stop, PollFlags::IN), PollFd::new(&*self.start.faults_bell, PollFlags::IN)];
         fds.extend(ids.iter().map(|id| PollFd::new(&self.connections[id].fd, PollFlags::IN)));
-        match poll(&mut fds, None) {
+        // Without descriptors to accept with, the listener stays readable: leave it out for a while.
+        if self.accept_again.is_none_or(|at| Instant::now() >= at) {
+            events.push(Event::Listener);
+            fds.push(PollFd::new(&self.start.socket.fd, PollFlags::IN));
+        }
+        match poll(&mut fds, self.timeout().as_ref()) {
             Err(rustix::io::Errno::INTR) => return Some(Vec::new()),
             Err(e) => {
                 tracing::error!("poll failed: {e}; the server stops");
@@ -101,18 +126,25 @@ impl Control {
         if ready(&fds[0]) {
             return None;
         }
-        let names = std::iter::once(None).chain(ids.iter().copied().map(Some));
-        Some(fds[1..].iter().zip(names).filter(|(fd, _)| ready(fd)).map(|(_, name)| name).collect())
+        Some(fds[1..].iter().zip(events).filter(|(fd, _)| ready(fd)).map(|(_, event)| event).collect())
+    }
+
+    /// Only something that is over by itself needs a look without an event.
+    fn timeout(&self) -> Option<Timespec> {
+        let waiting = self.accept_again.is_some() || self.connections.values().any(|c| c.session.is_none());
+        waiting.then_some(Timespec { tv_sec: 0, tv_nsec: ACCEPT_PAUSE.as_nanos() as i64 })
     }
 
     fn accept_all(&mut self) {
+        self.accept_again = None;
         loop {
             match rustix::net::accept_with(&self.start.socket.fd, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
                 Ok(fd) => self.accepted(fd),
                 Err(rustix::io::Errno::AGAIN) => return,
                 Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => {}
                 Err(e) => {
-                    tracing::warn!("a connection could not be accepted: {e}");
+                    tracing::warn!("a connection could not be accepted: {e}; trying again");
+                    self.accept_again = Some(Instant::now() + ACCEPT_PAUSE);
                     return;
                 }
             }
@@ -122,21 +154,40 @@ impl Control {
     fn accepted(&mut self, fd: OwnedFd) {
         match self.check_uid(&fd) {
             Ok(()) => {
-                self.connections.insert(self.next, Connection { fd, session: None });
+                let connection = Connection { fd, session: None, since: Instant::now() };
+                self.connections.insert(self.next, connection);
                 self.next += 1;
             }
-            Err(refused) => refuse(fd.as_fd(), &refused),
+            Err(why) => refuse(fd.as_fd(), &why),
+        }
+    }
+
+    /// Connections that never said hello do not stay.
+    fn drop_silent(&mut self) {
+        let silent = |c: &Connection| c.session.is_none() && c.since.elapsed() >= HELLO_PATIENCE;
+        let ids: Vec<u64> = self.connections.iter().filter(|(_, c)| silent(c)).map(|(id, _)| *id).collect();
+        ids.into_iter().for_each(|id| self.close(id, "it said no hello"));
+    }
+
+    /// Sessions that the data plane has ended: the client is told why, and sees a hang-up.
+    fn end_faulted(&mut self) {
+        let _ = rustix::io::read(&*self.start.faults_bell, &mut [0u8; 8]);
+        while let Ok((session, why)) = self.start.faults.try_recv() {
+            if let Some(connection) = self.connections.get(&session.0) {
+                refuse(connection.fd.as_fd(), &refused(Refusal::Protocol, why.clone()));
+            }
+            self.close(session.0, &why);
         }
     }
 
     fn check_uid(&self, fd: &OwnedFd) -> Result<(), Refused> {
-        let (uid, pid) = peer_uid(fd).map_err(|e| refusal(Refusal::Uid, e.to_string()))?;
+        let (uid, pid) = peer_uid(fd).map_err(|e| refused(Refusal::Uid, e.to_string()))?;
         let own = rustix::process::geteuid().as_raw();
         if uid == own || uid == 0 || self.start.allow_uids.contains(&uid) {
             return Ok(());
         }
         tracing::warn!("pid {pid} of uid {uid} refused: this server serves uid {own}; allow it with --allow-uid {uid}");
-        Err(refusal(
+        Err(refused(
             Refusal::Uid,
             format!("uid {uid} may not use the kvmp server of uid {own}; start it with --allow-uid {uid}"),
         ))
@@ -153,21 +204,21 @@ impl Control {
             Err(SocketError::TimedOut) => return,
             Err(SocketError::HangUp) => return self.close(id, "it hung up"),
             Err(SocketError::Frame(e @ kvmp_core::wire::FrameError::Version { .. })) => {
-                Err(refusal(Refusal::Version, e.to_string()))
+                Err(refused(Refusal::Version, e.to_string()))
             }
-            Err(e) => Err(refusal(Refusal::Protocol, e.to_string())),
+            Err(e) => Err(refused(Refusal::Protocol, e.to_string())),
         };
-        if let Err(refused) = outcome {
+        if let Err(why) = outcome {
             if let Some(connection) = self.connections.get(&id) {
-                refuse(connection.fd.as_fd(), &refused);
+                refuse(connection.fd.as_fd(), &why);
             }
             // A namespace that is refused leaves the session as it was; all else ends it.
-            if !matches!(refused.refusal, Refusal::Namespace | Refusal::Full)
+            if !matches!(why.refusal, Refusal::Namespace | Refusal::Full)
                 || self.connections.get(&id).is_none_or(|c| c.session.is_none())
             {
-                self.close(id, &refused.message);
+                self.close(id, &why.message);
             } else {
-                tracing::info!("session {id}: {}", refused.message);
+                tracing::info!("session {id}: {}", why.message);
             }
         }
     }
@@ -185,16 +236,16 @@ impl Control {
                     self.start.plane.ask(|reply| Command::Join { session, namespace, digest, layout, reply })?;
                 self.reply(id, &ServerMessage::Opened(*opened))
             }
-            (ClientMessage::Hello(_), Some(_)) => Err(refusal(Refusal::Protocol, "a second hello on one connection")),
-            (_, None) => Err(refusal(Refusal::Protocol, "the first message must be a hello")),
-            (ClientMessage::Locate, Some(_)) => Err(refusal(Refusal::Protocol, "locate is for the TCP rendezvous")),
+            (ClientMessage::Hello(_), Some(_)) => Err(refused(Refusal::Protocol, "a second hello on one connection")),
+            (_, None) => Err(refused(Refusal::Protocol, "the first message must be a hello")),
+            (ClientMessage::Locate, Some(_)) => Err(refused(Refusal::Protocol, "locate is for the TCP rendezvous")),
         }
     }
 
     fn reply(&self, id: u64, message: &ServerMessage) -> Result<(), Refused> {
         let Some(connection) = self.connections.get(&id) else { return Ok(()) };
         // A client that does not read its socket loses the session, it cannot make this thread wait.
-        send(&connection.fd, message, &[]).map_err(|e| refusal(Refusal::Protocol, format!("answering: {e}")))
+        send(&connection.fd, message, &[]).map_err(|e| refused(Refusal::Protocol, format!("answering: {e}")))
     }
 
     fn session_files(&self) -> io::Result<SessionFiles> {
@@ -209,25 +260,27 @@ impl Control {
 
     fn welcome(&mut self, id: u64, hello: &Hello) -> Result<(), Refused> {
         let files =
-            self.session_files().map_err(|e| refusal(Refusal::Full, format!("a session cannot be made: {e}")))?;
+            self.session_files().map_err(|e| refused(Refusal::Full, format!("a session cannot be made: {e}")))?;
         let segment = Arc::clone(&self.start.segment);
         let taken = self
             .start
             .holders
             .take(|| segment.reopen(false))
-            .map_err(|e| refusal(Refusal::Full, format!("a holder entry cannot be locked: {e}")))?;
-        let (holder, holder_fd) = taken.ok_or_else(|| refusal(Refusal::Full, "all 4,096 holder entries are held"))?;
+            .map_err(|e| refused(Refusal::Full, format!("a holder entry cannot be locked: {e}")))?;
+        let (holder, holder_fd) = taken.ok_or_else(|| refused(Refusal::Full, "all 4,096 holder entries are held"))?;
         self.start.segment.table.set_holder(holder, u64::from(hello.pid), hello.role as u64);
         let session = SessionId(id);
-        let doorbell = files.doorbell.try_clone().map_err(|e| refusal(Refusal::Full, e.to_string()))?;
+        let doorbell = files.doorbell.try_clone().map_err(|e| refused(Refusal::Full, e.to_string()))?;
         let attach = Attach { session, ring: files.ring_map, doorbell, hello: hello.clone(), holder };
         let token = self.start.plane.ask(|reply| Command::Attach { attach: Box::new(attach), reply })?;
-        let welcome = ServerMessage::Welcome(self.welcome_message(session, token)?);
         if let Some(connection) = self.connections.get_mut(&id) {
             connection.session = Some(session);
+        }
+        let welcome = ServerMessage::Welcome(self.welcome_message(session, token)?);
+        if let Some(connection) = self.connections.get(&id) {
             let fds: [BorrowedFd<'_>; 4] =
                 [files.segment.as_fd(), files.ring.as_fd(), files.doorbell.as_fd(), holder_fd.as_fd()];
-            send(&connection.fd, &welcome, &fds).map_err(|e| refusal(Refusal::Protocol, format!("welcoming: {e}")))?;
+            send(&connection.fd, &welcome, &fds).map_err(|e| refused(Refusal::Protocol, format!("welcoming: {e}")))?;
         }
         let role = match hello.role {
             Role::Scheduler => format!("scheduler of engine {:016x}", token.0),
@@ -240,7 +293,7 @@ impl Control {
 
     fn welcome_message(&self, session: SessionId, token: EngineToken) -> Result<Welcome, Refused> {
         let table = &self.start.segment.table;
-        let header = table.header().ok_or_else(|| refusal(Refusal::Protocol, "the segment's header is unreadable"))?;
+        let header = table.header().ok_or_else(|| refused(Refusal::Protocol, "the segment's header is unreadable"))?;
         let geometry = table.layout().geometry;
         Ok(Welcome {
             session: session.0,
@@ -266,7 +319,7 @@ impl Control {
     }
 }
 
-fn refuse(fd: BorrowedFd<'_>, refused: &Refused) {
-    let message = ServerMessage::Refused { refusal: refused.refusal, message: refused.message.clone() };
+fn refuse(fd: BorrowedFd<'_>, why: &Refused) {
+    let message = ServerMessage::Refused { refusal: why.refusal, message: why.message.clone() };
     let _ = send(fd, &message, &[]);
 }

@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvmp_core::wire::{ClientMessage, FRAME_BYTES, Frame, FrameError, Located, Refusal, ServerMessage};
 
@@ -41,17 +41,21 @@ impl Rendezvous {
 
     fn serve(address: SocketAddr, socket: &Path) -> io::Result<Self> {
         let listener = TcpListener::bind(address)?;
+        // A caller that went between poll and accept must not make the accept wait.
+        listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
         let stop = Arc::new(AtomicBool::new(false));
         let located = ServerMessage::Located(Located { socket: socket.to_string_lossy().into_owned() });
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new().name("kvmp-tcp".into()).spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
-                if wait_readable(&listener)
-                    && let Ok((stream, _)) = listener.accept()
-                {
-                    // A caller that hangs up or stalls has had its chance.
-                    let _ = answer(stream, &located);
+                if wait_readable(&listener) {
+                    match listener.accept() {
+                        // A caller that hangs up or stalls has had its chance.
+                        Ok((stream, _)) => drop(answer(stream, &located)),
+                        // No descriptors left, say: it stays readable, so look again later.
+                        Err(_) => std::thread::sleep(GLANCE),
+                    }
                 }
             }
         })?;
@@ -75,7 +79,6 @@ fn wait_readable(listener: &TcpListener) -> bool {
 }
 
 fn answer(mut stream: TcpStream, located: &ServerMessage) -> io::Result<()> {
-    stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     let reply = match question(&mut stream)? {
         Ok(ClientMessage::Locate) => located.clone(),
@@ -90,15 +93,32 @@ fn refused(refusal: Refusal, message: &str) -> ServerMessage {
     ServerMessage::Refused { refusal, message: message.into() }
 }
 
+/// Reads exactly so many bytes before `until`, however slowly they drip.
+fn read_until(stream: &mut TcpStream, mut into: &mut [u8], until: Instant) -> io::Result<()> {
+    while !into.is_empty() {
+        let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        stream.set_read_timeout(Some(left))?;
+        match stream.read(into)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            n => into = &mut into[n..],
+        }
+        if Instant::now() >= until && !into.is_empty() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+    }
+    Ok(())
+}
+
 fn question(stream: &mut TcpStream) -> io::Result<Result<ClientMessage, FrameError>> {
+    let until = Instant::now() + PATIENCE;
     let mut bytes = vec![0; FRAME_BYTES];
-    stream.read_exact(&mut bytes)?;
+    read_until(stream, &mut bytes, until)?;
     let frame = match Frame::parse(&bytes) {
         Ok(frame) => frame,
         Err(e) => return Ok(Err(e)),
     };
     bytes.resize(FRAME_BYTES + frame.body_bytes as usize, 0);
-    stream.read_exact(&mut bytes[FRAME_BYTES..])?;
+    read_until(stream, &mut bytes[FRAME_BYTES..], until)?;
     Ok(Frame::decode(&bytes))
 }
 

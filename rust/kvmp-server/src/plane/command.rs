@@ -20,6 +20,31 @@ pub(crate) struct Refused {
     pub message: String,
 }
 
+/// A refusal and its words.
+pub(crate) fn refused(refusal: Refusal, message: impl Into<String>) -> Refused {
+    Refused { refusal, message: message.into() }
+}
+
+/// How the data-plane thread tells the control thread of sessions it ended: a channel, and an eventfd to poll.
+#[derive(Clone)]
+pub(crate) struct Faults {
+    sender: Sender<(SessionId, String)>,
+    bell: Arc<OwnedFd>,
+}
+
+impl Faults {
+    pub fn new(sender: Sender<(SessionId, String)>, bell: Arc<OwnedFd>) -> Self {
+        Self { sender, bell }
+    }
+
+    /// Says that a session was ended, and why.
+    pub fn tell(&self, session: SessionId, why: String) {
+        if self.sender.send((session, why)).is_ok() {
+            let _ = rustix::io::write(&*self.bell, &1u64.to_ne_bytes());
+        }
+    }
+}
+
 /// A new session.
 pub(crate) struct Attach {
     pub session: SessionId,
@@ -73,8 +98,6 @@ impl PlaneHandle {
     pub fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, Refused> {
         let (reply, answer) = sync_channel(1);
         self.send(command(reply));
-        answer.recv().unwrap_or_else(|_| {
-            Err(Refused { refusal: Refusal::ShuttingDown, message: "the server is stopping".into() })
-        })
+        answer.recv().unwrap_or_else(|_| Err(refused(Refusal::ShuttingDown, "the server is stopping")))
     }
 }

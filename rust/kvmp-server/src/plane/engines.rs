@@ -40,6 +40,9 @@ impl Writer {
 struct Engine {
     writers: Vec<Writer>,
     joined: HashSet<PartId>,
+    /// Parts whose writer is gone for good: what it had open is closed, and may be somebody else's by now. A process that
+    /// came back for such a part under this token could still store under a lease of before.
+    left: HashSet<PartId>,
     /// The scheduler's session ended: no joins any more.
     closed: bool,
 }
@@ -72,27 +75,24 @@ impl Engines {
         self.all.insert(token, Engine { writers: vec![writer], ..Engine::default() });
     }
 
-    pub fn contains(&self, token: EngineToken) -> bool {
-        self.all.contains_key(&token)
-    }
-
-    /// A worker joins; `false` when the engine is unknown or closed.
-    pub fn join(&mut self, token: EngineToken, part: PartId, holder: u32, dma: bool) -> bool {
-        match self.all.get_mut(&token).filter(|engine| !engine.closed) {
-            None => false,
-            Some(engine) => {
-                engine.joined.insert(part);
-                engine.writers.push(Writer {
-                    holder,
-                    role: Role::Worker,
-                    part: Some(part),
-                    dma,
-                    ended: false,
-                    free_since: None,
-                });
-                true
-            }
+    /// A worker joins, or is told why it may not.
+    pub fn join(&mut self, token: EngineToken, part: PartId, holder: u32, dma: bool) -> Result<(), &'static str> {
+        let engine = self.all.get_mut(&token).ok_or("this server does not know it")?;
+        if engine.closed {
+            return Err("its scheduler has gone");
         }
+        if engine.left.contains(&part) {
+            return Err(
+                "its worker for that part left and what it had open was closed; its scheduler must attach anew",
+            );
+        }
+        if engine.writers.iter().any(|writer| writer.part == Some(part) && !writer.ended) {
+            return Err("another worker writes that part");
+        }
+        engine.joined.insert(part);
+        let (role, part) = (Role::Worker, Some(part));
+        engine.writers.push(Writer { holder, role, part, dma, ended: false, free_since: None });
+        Ok(())
     }
 
     /// Whether a worker has joined for a part.
@@ -136,7 +136,10 @@ impl Engine {
             match writer.part {
                 None => gone.push(Gone::Unjoined(token)),
                 // A worker that came back on a new session is the same writer: its parts stay open.
-                Some(part) if !self.writers.iter().any(|w| w.part == Some(part)) => gone.push(Gone::Part(token, part)),
+                Some(part) if !self.writers.iter().any(|w| w.part == Some(part)) => {
+                    self.left.insert(part);
+                    gone.push(Gone::Part(token, part));
+                }
                 Some(_) => {}
             }
         }
@@ -157,7 +160,7 @@ mod tests {
     fn a_part_is_closed_when_its_writers_entry_is_free_and_not_before() {
         let mut engines = Engines::default();
         engines.add(E, 0, false);
-        assert!(engines.join(E, P, 1, false));
+        engines.join(E, P, 1, false).unwrap();
         let now = Instant::now();
         engines.ended(E, 1);
         assert_eq!(engines.settle(now, |_| false), []);
@@ -171,7 +174,7 @@ mod tests {
     fn dma_gets_its_grace() {
         let mut engines = Engines::default();
         engines.add(E, 0, false);
-        engines.join(E, P, 1, true);
+        engines.join(E, P, 1, true).unwrap();
         engines.ended(E, 1);
         let now = Instant::now();
         assert_eq!(engines.settle(now, |_| true), []);
@@ -183,17 +186,36 @@ mod tests {
         let mut engines = Engines::default();
         engines.add(E, 0, false);
         engines.ended(E, 0);
-        assert!(!engines.join(E, P, 1, false));
-        assert!(!engines.join(EngineToken(2), P, 1, false));
+        assert!(engines.join(E, P, 1, false).is_err());
+        assert!(engines.join(EngineToken(2), P, 1, false).is_err());
+    }
+
+    #[test]
+    fn a_worker_whose_parts_were_closed_does_not_come_back() {
+        let mut engines = Engines::default();
+        engines.add(E, 0, false);
+        engines.join(E, P, 1, false).unwrap();
+        engines.ended(E, 1);
+        assert_eq!(engines.settle(Instant::now(), |_| true), [Gone::Part(E, P)]);
+        assert!(engines.join(E, P, 2, false).unwrap_err().contains("attach anew"));
+        engines.join(E, PartId(1), 3, false).unwrap();
+    }
+
+    #[test]
+    fn a_part_has_one_writer() {
+        let mut engines = Engines::default();
+        engines.add(E, 0, false);
+        engines.join(E, P, 1, false).unwrap();
+        assert!(engines.join(E, P, 2, false).is_err());
     }
 
     #[test]
     fn a_worker_that_came_back_keeps_its_parts_open() {
         let mut engines = Engines::default();
         engines.add(E, 0, false);
-        engines.join(E, P, 1, false);
+        engines.join(E, P, 1, false).unwrap();
         engines.ended(E, 1);
-        engines.join(E, P, 2, false);
+        engines.join(E, P, 2, false).unwrap();
         assert_eq!(engines.settle(Instant::now(), |_| true), []);
         engines.ended(E, 2);
         assert_eq!(engines.settle(Instant::now(), |_| true), [Gone::Part(E, P)]);

@@ -3,6 +3,7 @@
 //! Sessions reach it through their rings, the control and the backing thread through a channel. It works
 //! in slices of at most 1,024 keys, round robin over sessions, and makes no call that a client can block.
 
+mod attach;
 mod command;
 mod engines;
 mod namespaces;
@@ -11,6 +12,6 @@ mod serve;
 mod session;
 mod stats;
 
-pub(crate) use command::{Attach, Command, PlaneHandle, Refused, SessionId};
+pub(crate) use command::{Attach, Command, Faults, PlaneHandle, Refused, SessionId, refused};
 pub(crate) use namespaces::Namespaces;
 pub(crate) use run::{Plane, PlaneStart};

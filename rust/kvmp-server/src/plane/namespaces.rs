@@ -9,7 +9,7 @@ use kvmp_core::segment::{MAX_SPEC_BYTES, NAMESPACES, NamespaceEntry};
 use kvmp_core::wire::Refusal;
 use rustix::fs::FallocateFlags;
 
-use super::command::Refused;
+use super::command::{Refused, refused};
 use crate::segment::SegmentFile;
 
 struct Open {
@@ -22,10 +22,6 @@ pub(crate) struct Namespaces {
     segment: Arc<SegmentFile>,
     by_id: HashMap<NamespaceId, Open>,
     by_digest: HashMap<[u8; 32], NamespaceId>,
-}
-
-fn refused(refusal: Refusal, message: impl Into<String>) -> Refused {
-    Refused { refusal, message: message.into() }
 }
 
 /// Bytes as hex digits.

@@ -8,13 +8,11 @@ use std::time::{Duration, Instant};
 
 use kvmp_core::clock::Ticks;
 use kvmp_core::ids::{EngineToken, NamespaceId, PartId};
-use kvmp_core::namespace::NamespaceSpec;
 use kvmp_core::ring::Parking;
 use kvmp_core::store::BlockStore;
-use kvmp_core::wire::{Hello, Opened, Refusal, Role};
 use rustix::event::{Timespec, epoll};
 
-use super::command::{Attach, Command, Refused, SessionId};
+use super::command::{Command, Faults, SessionId};
 use super::engines::{DMA_GRACE, Engines, Gone};
 use super::namespaces::Namespaces;
 use super::session::{Session, SessionFault, Turns};
@@ -27,6 +25,8 @@ const SPIN: Duration = Duration::from_micros(2);
 const SPIN_CORES: usize = 4;
 /// How often entries of ended sessions are looked at: quickly at first, for those that take long more seldom.
 const WATCH: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(100));
+/// How long the last requests may take once the server is told to stop.
+const DRAIN: Duration = Duration::from_millis(500);
 /// How often expired read leases are looked for.
 const EXPIRE: Duration = Duration::from_secs(1);
 
@@ -42,6 +42,7 @@ pub(crate) struct PlaneStart {
     pub quarantined: bool,
     pub commands: Receiver<Command>,
     pub bell: Arc<OwnedFd>,
+    pub faults: Faults,
     pub policy: String,
 }
 
@@ -59,16 +60,19 @@ pub(crate) struct Plane {
     held_before: Vec<u32>,
     /// Recovered Writing slots are held back: since when nobody holds an entry of before.
     quarantine: Quarantine,
-    turns: Turns,
+    pub(super) turns: Turns,
     commands: Receiver<Command>,
-    epoll: OwnedFd,
+    pub(super) epoll: OwnedFd,
     made_ns: u64,
-    tokens: u64,
+    pub(super) tokens: u64,
     spin: Duration,
-    watched_since: Option<Instant>,
-    next_watch: Instant,
+    pub(super) watched_since: Option<Instant>,
+    pub(super) next_watch: Instant,
     next_expire: Instant,
     stopping: bool,
+    /// Told to stop: only what was begun is served.
+    pub(super) draining: bool,
+    faults: Faults,
 }
 
 /// Recovered Writing slots: `Held -> Grace -> Over`.
@@ -80,10 +84,6 @@ enum Quarantine {
     Grace(Instant),
     /// They were given back.
     Over,
-}
-
-fn refused(refusal: Refusal, message: impl Into<String>) -> Refused {
-    Refused { refusal, message: message.into() }
 }
 
 impl Plane {
@@ -115,6 +115,8 @@ impl Plane {
             next_watch: now,
             next_expire: now + EXPIRE,
             stopping: false,
+            draining: false,
+            faults: start.faults,
             segment: start.segment,
         })
     }
@@ -123,12 +125,20 @@ impl Plane {
     pub fn run(mut self) {
         while !self.stopping {
             let commanded = self.obey();
-            let served = self.round();
+            let served = self.round() | self.store.drain_some();
             self.watch();
             if !(commanded || served || self.spin()) {
                 self.sleep();
             }
         }
+        self.drain();
+    }
+
+    /// Before the end: what was begun is finished and what was written is committed; what is asked anew is told to wait.
+    fn drain(&mut self) {
+        self.draining = true;
+        let until = Instant::now() + DRAIN;
+        while self.round() && Instant::now() < until {}
     }
 
     /// Boot-time clock in 1/16 s since the file was made.
@@ -159,6 +169,8 @@ impl Plane {
     fn fault(&mut self, session: Session, fault: &SessionFault) {
         tracing::warn!("session {} is ended: {fault}", session.id.0);
         self.counters.protocol_errors += 1;
+        // The client is told why by the control thread, which closes its socket.
+        self.faults.tell(session.id, fault.to_string());
         self.end(session);
     }
 
@@ -289,147 +301,5 @@ impl Plane {
             Command::BackingEnded => self.store.backing_ended(),
             Command::Stop => self.stopping = true,
         }
-    }
-
-    fn mint(&mut self) -> EngineToken {
-        // Weyl sequence from a random start: no token comes twice, and none of an earlier epoch's is likely.
-        self.tokens = self.tokens.wrapping_add(0x9e37_79b9_7f4a_7c15).max(1);
-        EngineToken(self.tokens)
-    }
-
-    fn engine_of(&mut self, hello: &Hello, holder: u32) -> Result<EngineToken, Refused> {
-        match (hello.role, hello.engine_token, hello.part) {
-            (Role::Tool, ..) => Ok(EngineToken(0)),
-            (Role::Scheduler, ..) => {
-                let token = self.mint();
-                self.engines.add(token, holder, hello.dma);
-                Ok(token)
-            }
-            (Role::Worker, Some(token), Some(part)) => {
-                let token = EngineToken(token);
-                if self.engines.join(token, PartId(part), holder, hello.dma) {
-                    return Ok(token);
-                }
-                let why = if self.engines.contains(token) {
-                    "its scheduler has gone"
-                } else {
-                    "this server does not know it"
-                };
-                Err(refused(Refusal::Engine, format!("engine {:016x} cannot be joined: {why}", token.0)))
-            }
-            (Role::Worker, ..) => Err(refused(Refusal::Protocol, "a worker's hello needs engine_token and part")),
-        }
-    }
-
-    fn attach(&mut self, attach: Attach) -> Result<EngineToken, Refused> {
-        let (id, holder) = (attach.session, attach.holder);
-        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
-        epoll::add(&self.epoll, &attach.doorbell, epoll::EventData::new_u64(id.0), flags)
-            .map_err(|e| refused(Refusal::Full, format!("the doorbell cannot be watched: {e}")))?;
-        let token = self.engine_of(&attach.hello, holder)?;
-        self.sessions.insert(id, Session::new(attach, token));
-        self.holder_of.insert(id, holder);
-        self.turns.push_back(id);
-        Ok(token)
-    }
-
-    /// Ends a session: its reads at once, its writes when its holder entry says so.
-    fn end(&mut self, mut session: Session) {
-        if let Some(running) = session.running.take() {
-            running.abandon(&mut self.store, session.engine);
-        }
-        let _ = epoll::delete(&self.epoll, &session.doorbell);
-        self.turns.retain(|&id| id != session.id);
-        if session.role == Role::Scheduler {
-            self.store.reads_gone(session.engine);
-        }
-        if let Some(holder) = self.holder_of.remove(&session.id) {
-            self.engines.ended(session.engine, holder);
-            self.next_watch = Instant::now();
-            self.watched_since = None;
-        }
-    }
-
-    fn open(&mut self, session: SessionId, spec: NamespaceSpec) -> Result<Box<Opened>, Refused> {
-        spec.check().map_err(|e| refused(Refusal::Namespace, e.to_string()))?;
-        match self.sessions.get(&session).map(|s| s.role) {
-            Some(Role::Scheduler) => {}
-            Some(_) => return Err(refused(Refusal::Namespace, "only a scheduler opens namespaces")),
-            None => return Err(refused(Refusal::Protocol, "the session was ended")),
-        }
-        let id = match self.namespaces.find(&spec.digest()) {
-            Some(id) => id,
-            None => self.open_new(session, spec)?,
-        };
-        self.opened(session, id)
-    }
-
-    fn open_new(&mut self, session: SessionId, spec: NamespaceSpec) -> Result<NamespaceId, Refused> {
-        if let Some((other, differences)) = self.namespaces.nearest(&spec) {
-            tracing::info!(
-                "session {}: shares nothing with namespace {} of the same model, which differs in {}",
-                session.0,
-                other.0,
-                differences.join("; ")
-            );
-        }
-        let (store, sessions) = (&self.store, &self.sessions);
-        let unused =
-            |id: NamespaceId| store.slots_of(id) == 0 && !sessions.values().any(|s| s.namespaces.contains(&id.0));
-        let id = self.namespaces.free_id(unused)?;
-        if self.namespaces.spec(id).is_some() {
-            self.namespaces.remove(id);
-            self.store.remove_namespace(id).map_err(|e| refused(Refusal::Namespace, e.to_string()))?;
-        }
-        self.store.add_namespace(id, &spec).map_err(|e| refused(Refusal::Namespace, e.to_string()))?;
-        if let Err(e) = self.namespaces.insert(id, Arc::new(spec)) {
-            // It was added a line ago and has no slots.
-            let _ = self.store.remove_namespace(id);
-            return Err(e);
-        }
-        Ok(id)
-    }
-
-    fn opened(&mut self, session: SessionId, id: NamespaceId) -> Result<Box<Opened>, Refused> {
-        let missing = || refused(Refusal::Namespace, format!("there is no namespace {}", id.0));
-        let spec = self.namespaces.spec(id).ok_or_else(missing)?;
-        let digest = self.namespaces.digest(id).ok_or_else(missing)?;
-        if let Some(session) = self.sessions.get_mut(&session) {
-            session.namespaces.insert(id.0);
-        }
-        Ok(Box::new(Opened { namespace: id.0, digest, spec: (*spec).clone() }))
-    }
-
-    fn join(
-        &mut self,
-        session: SessionId,
-        id: NamespaceId,
-        digest: &str,
-        layout: &serde_json::Value,
-    ) -> Result<Box<Opened>, Refused> {
-        let no = |why: String| refused(Refusal::Namespace, why);
-        let part = self
-            .sessions
-            .get(&session)
-            .and_then(|s| s.part)
-            .ok_or_else(|| no("only a worker joins a namespace".into()))?;
-        let spec = self.namespaces.spec(id).ok_or_else(|| no(format!("there is no namespace {}", id.0)))?;
-        if self.namespaces.digest(id).as_deref() != Some(digest) {
-            return Err(no(format!(
-                "namespace {} has another digest than the worker's scheduler says ({digest})",
-                id.0
-            )));
-        }
-        let own = spec
-            .parts
-            .get(usize::from(part.0))
-            .ok_or_else(|| no(format!("namespace {} has no part {}", id.0, part.0)))?;
-        if own.layout != *layout {
-            return Err(no(format!(
-                "part {} of namespace {} has layout {}, the worker's is {layout}",
-                part.0, id.0, own.layout
-            )));
-        }
-        self.opened(session, id)
     }
 }

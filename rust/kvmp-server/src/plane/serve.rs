@@ -3,7 +3,7 @@
 use kvmp_core::ids::{BlockKey, EngineToken, GroupId, LeaseId, NamespaceId, SlotId};
 use kvmp_core::ring::Ring;
 use kvmp_core::slot::{PartSum, SlotWord};
-use kvmp_core::store::{BlockStore, LookupCursor, LookupReply, ReserveAnswer, ReserveCursor};
+use kvmp_core::store::{BlockStore, ClearCursor, LookupCursor, LookupReply, ReserveAnswer, ReserveCursor};
 use kvmp_core::wire::{Code, Completion, GrantOut, GroupOut, LOOKUP_MAX, LookupOut, Op, PartIn, Role, Submission};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -19,6 +19,7 @@ pub(crate) enum Running {
     Lookup { submission: Submission, cursor: LookupCursor, done: u32 },
     Reserve { submission: Submission, cursor: ReserveCursor, done: u32 },
     Parts { submission: Submission, done: u32, taken: u32 },
+    Clear { submission: Submission, cursor: ClearCursor },
 }
 
 impl Running {
@@ -31,7 +32,7 @@ impl Running {
                     store.cancel(engine, lease);
                 }
             }
-            Self::Parts { .. } => {}
+            Self::Parts { .. } | Self::Clear { .. } => {}
         }
     }
 }
@@ -93,6 +94,9 @@ impl Plane {
         if !allowed(session, op) {
             return Ok(code(submission, Code::Forbidden));
         }
+        if self.draining && matches!(op, Op::Lookup | Op::Reserve | Op::Clear) {
+            return Ok(code(submission, Code::ShuttingDown));
+        }
         match op {
             Op::Ping => Ok(code(submission, Code::Ok)),
             Op::Lookup => self.begin_lookup(session, submission),
@@ -101,10 +105,7 @@ impl Plane {
             Op::Cancel => Ok(self.ended(submission, |store, lease| store.cancel(session.engine, lease))),
             Op::Release => Ok(self.ended(submission, |store, lease| store.release(session.engine, lease))),
             Op::Stats => Ok(self.stats_reply(session, submission)),
-            Op::Clear => {
-                let count = self.store.clear(None) as u32;
-                Ok(Step::Done(Completion { count, ..ok(submission) }))
-            }
+            Op::Clear => Ok(self.clear_slice(*submission, ClearCursor::new(None))),
             Op::Fetch => Ok(code(submission, Code::Unsupported)),
         }
     }
@@ -113,6 +114,7 @@ impl Plane {
         match running {
             Running::Lookup { submission, cursor, done } => Ok(self.lookup_slice(session, submission, cursor, done)),
             Running::Reserve { submission, cursor, done } => Ok(self.reserve_slice(session, submission, cursor, done)),
+            Running::Clear { submission, cursor } => Ok(self.clear_slice(submission, cursor)),
             Running::Parts { submission, done, taken } => Ok(self.parts_slice(session, submission, done, taken)),
         }
     }
@@ -215,6 +217,11 @@ impl Plane {
         if session.part.is_none_or(|part| part.0 != submission.part) {
             return Err(malformed(submission, "it names a part that is not the session's"));
         }
+        // A worker whose layout is not the part's was refused at the join: it may not write there either.
+        let lease = self.store.lease_namespace(LeaseId(submission.lease));
+        if lease.is_some_and(|namespace| !session.namespaces.contains(&namespace.0)) {
+            return Ok(code(submission, Code::UnknownNamespace));
+        }
         Ok(self.parts_slice(session, *submission, 0, 0))
     }
 
@@ -236,6 +243,13 @@ impl Plane {
             return Step::Go(Running::Parts { submission, done, taken });
         }
         Step::Done(Completion { count: taken, ..ok(&submission) })
+    }
+
+    fn clear_slice(&mut self, submission: Submission, mut cursor: ClearCursor) -> Step {
+        if self.store.clear_step(&mut cursor) {
+            return Step::Go(Running::Clear { submission, cursor });
+        }
+        Step::Done(Completion { count: u32::try_from(cursor.cleared).unwrap_or(u32::MAX), ..ok(&submission) })
     }
 
     fn stats_reply(&mut self, session: &Session, submission: &Submission) -> Step {

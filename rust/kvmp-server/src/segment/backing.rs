@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use kvmp_core::ids::ChunkId;
 use kvmp_core::segment::{Access, Layout, Mapping};
 use rustix::fs::FallocateFlags;
+use rustix::io::retry_on_intr;
 use rustix::mm::Advice;
 
 use crate::limits::{Bound, Sources, bounds, tightest_free};
@@ -91,7 +92,7 @@ impl Backing<'_> {
                 return Ok(false);
             }
             let step = STEP.min(offset + bytes - at);
-            rustix::fs::fallocate(self.file, FallocateFlags::empty(), at, step)?;
+            retry_on_intr(|| rustix::fs::fallocate(self.file, FallocateFlags::empty(), at, step))?;
             self.zero(at, step)?;
             at += step;
         }
@@ -100,10 +101,14 @@ impl Backing<'_> {
 
     /// The kernel zeroes a page of tmpfs when it is first touched: now, so that no client pays for it.
     fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        let from = offset - offset % 4096;
-        let map = Mapping::new(self.file, from, offset + bytes - from, Access::ReadWrite)?;
-        // SAFETY: the range is the whole of a mapping that lives until the end of the call; populating changes no byte.
-        let done = unsafe { rustix::mm::madvise(map.as_ptr().cast(), map.len(), Advice::LinuxPopulateWrite) };
+        // A hugetlbfs maps whole huge pages only; the file ends at a multiple of them.
+        let page = (rustix::fs::fstatfs(self.file)?.f_bsize as u64).max(4096);
+        let (from, to) = (offset - offset % page, (offset + bytes).next_multiple_of(page));
+        let map = Mapping::new(self.file, from, to - from, Access::ReadWrite)?;
+        let done = retry_on_intr(|| {
+            // SAFETY: the range is the whole of a mapping that outlives the call; populating changes no byte.
+            unsafe { rustix::mm::madvise(map.as_ptr().cast(), map.len(), Advice::LinuxPopulateWrite) }
+        });
         match done {
             // Linux before 5.14 does not know it: then pages are zeroed as they are touched.
             Err(rustix::io::Errno::INVAL) | Ok(()) => Ok(()),

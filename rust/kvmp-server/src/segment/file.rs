@@ -62,10 +62,7 @@ fn check_memory_fs(dir: &Path) -> Result<(), ServerError> {
 }
 
 fn boot_id() -> Result<[u8; 16], ServerError> {
-    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").doing(|| "reading the kernel's boot id".into())?;
-    let hex: String = text.chars().filter(char::is_ascii_hexdigit).collect();
-    let id = u128::from_str_radix(&hex, 16).unwrap_or(0);
-    Ok(id.to_be_bytes())
+    kvmp_core::segment::boot_id().doing(|| "reading the kernel's boot id".into())
 }
 
 /// Random bytes from the kernel.
@@ -174,7 +171,7 @@ impl SegmentFile {
         let table = TableMap::new(map, layout);
         let mut header = table
             .header()
-            .ok_or_else(|| ServerError::Socket { path: path.clone(), why: "its header went away".into() })?;
+            .ok_or_else(|| ServerError::Segment { path: path.clone(), why: "its header is unreadable".into() })?;
         header.server_epoch = u64::from_le_bytes(random::<8>()?) >> 1 | 1;
         header.server_pid = u64::from(std::process::id());
         header.server_start = start_time(std::process::id());
@@ -249,7 +246,6 @@ fn make(path: &Path, geometry: Geometry, replace: bool) -> Result<Option<File>, 
 }
 
 fn fill_new(path: &Path, layout: &Layout) -> Result<File, ServerError> {
-    use zerocopy::IntoBytes;
     let what = || format!("making {}", path.display());
     let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path).doing(what)?;
     file.set_len(layout.file_bytes()).doing(what)?;
@@ -257,7 +253,9 @@ fn fill_new(path: &Path, layout: &Layout) -> Result<File, ServerError> {
         rustix::fs::fallocate(&file, FallocateFlags::empty(), offset, len).doing(what)?;
     }
     let header = SegmentHeader::new(layout, SegmentId(random()?), boot_id()?, boot_clock_ns());
-    file.write_all_at(header.as_bytes(), 0).doing(what)?;
+    // Through a mapping: a hugetlbfs takes no writes.
+    let map = Mapping::new(&file, 0, layout.table_bytes(), Access::ReadWrite).doing(what)?;
+    TableMap::new(map, *layout).set_header(&header);
     Ok(file)
 }
 
@@ -265,7 +263,10 @@ fn fill_new(path: &Path, layout: &Layout) -> Result<File, ServerError> {
 pub fn remove(dir: &Path, name: &str) -> Result<u64, ServerError> {
     let path = segment_path(dir, name);
     match lock_existing(&path, name)? {
-        None => Err(ServerError::Socket { path, why: "there is no such segment".into() }),
+        None => Err(ServerError::Segment {
+            path,
+            why: "there is none; `ls` shows the folder, --arena-dir names another".into(),
+        }),
         Some(file) => {
             let bytes = file.metadata().map_or(0, |meta| meta.blocks() * 512);
             fs::remove_file(&path).doing(|| format!("removing {}", path.display()))?;
