@@ -42,7 +42,7 @@ def main():
         while scheduler.stats()["warming"]:
             time.sleep(0.01)
         part = PartSpec(bytes=(kv.block_bytes,), layout=kv.layout())
-        ns = scheduler.open(NamespaceSpec("bench", {}, (GroupSpec(block_tokens=16),), (part,)))
+        ns = scheduler.open(NamespaceSpec(model="bench", facts={}, groups=(GroupSpec(block_tokens=16),), parts=(part,)))
         worker = Client.connect(server.endpoint, role="worker", engine_token=scheduler.engine_token, part=0)
         with worker:
             joined = worker.join(ns.id, ns.digest, json.dumps(kv.layout()))

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -524,16 +525,16 @@ def test_a_re_attach_keeps_the_mapping_of_the_same_segment(server: Server, sched
 
 def test_too_many_questions_are_busy_and_nothing_is_lost(server: Server, scheduler: Client, ns: Namespace) -> None:
     freeze(server)
-    pending = []
     try:
+        pending = [scheduler.submit_lookup(ns, hash_list(1)) for _ in range(952)]
         with pytest.raises(Busy, match="ask again"):
-            while True:
-                pending.append(scheduler.submit_lookup(ns, hash_list(1)))
+            scheduler.submit_lookup(ns, hash_list(1))
         assert not scheduler.lost
         assert not issubclass(Busy, BoundExceeded)
     finally:
         server.process.send_signal(signal.SIGCONT)
     assert scheduler.ping(timeout_ms=WATCHDOG_S * 1000) > 0
+    assert len(pending) == 952
     assert scheduler.lookup(ns, hash_list(1)).tokens == 0, "answers that nobody has taken keep no room"
 
 
@@ -559,23 +560,24 @@ def test_a_sum_brings_the_length_of_the_part(server: Server, scheduler: Client) 
 def test_two_models_of_other_block_sizes_share_a_server(server: Server) -> None:
     memories = [np.random.default_rng(i).integers(0, 256, (16, PART_BYTES * (1 + 2 * i)), np.uint8) for i in range(2)]
     hashes = hash_list(16)  # the same for both: namespaces keep them apart
-    with Client.connect(server.endpoint) as one, Client.connect(server.endpoint) as two:
-        with worker_of(one) as worker_one, worker_of(two) as worker_two:
-            made = []
-            for scheduler, worker, memory in zip((one, two), (worker_one, worker_two), memories, strict=True):
-                ns = scheduler.open(spec(f"model-{memory.shape[1]}", part_bytes=memory.shape[1]))
-                joined = worker.join(ns.id, ns.digest, LAYOUT)
-                lease = reserve(scheduler, ns, hashes)
-                lease.handed_over()
-                worker.store_blocks(layout_of(memory), joined, 0, np.arange(16), lease.slots)
-                assert worker.commit(lease.lease_id, lease.slots, lease.words) == 16
-                made.append((scheduler, worker, ns, joined))
-            for (scheduler, worker, ns, joined), memory in zip(made, memories, strict=True):
-                loaded = np.zeros_like(memory)
-                with scheduler.lookup(ns, hashes) as hit:
-                    slots, words = hit.slots(), hit.words()
-                    assert worker.load_blocks(layout_of(loaded), joined, 0, np.arange(16), slots, words).all()
-                assert (loaded == memory).all()
+    with ExitStack() as stack:
+        one, two = (stack.enter_context(Client.connect(server.endpoint)) for _ in range(2))
+        worker_one, worker_two = (stack.enter_context(worker_of(scheduler)) for scheduler in (one, two))
+        made = []
+        for scheduler, worker, memory in zip((one, two), (worker_one, worker_two), memories, strict=True):
+            ns = scheduler.open(spec(f"model-{memory.shape[1]}", part_bytes=memory.shape[1]))
+            joined = worker.join(ns.id, ns.digest, LAYOUT)
+            lease = reserve(scheduler, ns, hashes)
+            lease.handed_over()
+            worker.store_blocks(layout_of(memory), joined, 0, np.arange(16), lease.slots)
+            assert worker.commit(lease.lease_id, lease.slots, lease.words) == 16
+            made.append((scheduler, worker, ns, joined))
+        for (scheduler, worker, ns, joined), memory in zip(made, memories, strict=True):
+            loaded = np.zeros_like(memory)
+            with scheduler.lookup(ns, hashes) as hit:
+                slots, words = hit.slots(), hit.words()
+                assert worker.load_blocks(layout_of(loaded), joined, 0, np.arange(16), slots, words).all()
+            assert (loaded == memory).all()
 
 
 def free_port() -> int:
