@@ -2,8 +2,14 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +19,7 @@ import kvmp
 from kvmp.client import Answer, BlockLayout, Client, Namespace, ReadLease, WriteLease
 from kvmp.errors import (
     BoundExceeded,
+    Busy,
     ConnectError,
     InvalidInput,
     KvmpError,
@@ -493,3 +500,135 @@ def test_nothing_is_left_behind(server: Server) -> None:
             scheduler.clear()
         del scheduler, worker, ns
     assert held() == before
+
+
+def arena_mappings(server: Server) -> set[str]:
+    """Address ranges of this process that map chunks of the server's segment."""
+    with open("/proc/self/maps") as maps:
+        found = [line.split() for line in maps if str(server.segment_path) in line]
+    return {words[0] for words in found if words[1].startswith("rw")}
+
+
+def test_a_re_attach_keeps_the_mapping_of_the_same_segment(server: Server, scheduler: Client) -> None:
+    with worker_of(scheduler) as first:
+        mapped = arena_mappings(server)
+        assert len(mapped) == 1
+    options = {"role": "worker", "engine_token": scheduler.engine_token, "part": 1}
+    with Client.connect(server.endpoint, **options, reuse=first) as second:
+        assert arena_mappings(server) == mapped
+        del first
+        assert arena_mappings(server) == mapped
+        with Client.connect(server.endpoint, **{**options, "part": 2}):
+            assert len(arena_mappings(server)) == 2, "without it, another one is made"
+        assert not second.lost
+
+
+def test_too_many_questions_are_busy_and_nothing_is_lost(server: Server, scheduler: Client, ns: Namespace) -> None:
+    freeze(server)
+    try:
+        pending = [scheduler.submit_lookup(ns, hash_list(1)) for _ in range(952)]
+        with pytest.raises(Busy, match="ask again"):
+            scheduler.submit_lookup(ns, hash_list(1))
+        assert not scheduler.lost
+        assert not issubclass(Busy, BoundExceeded)
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    assert scheduler.ping(timeout_ms=WATCHDOG_S * 1000) > 0
+    assert len(pending) == 952
+    assert scheduler.lookup(ns, hash_list(1)).tokens == 0, "answers that nobody has taken keep no room"
+
+
+def test_a_sum_brings_the_length_of_the_part(server: Server, scheduler: Client) -> None:
+    parts = (PartSpec(bytes=(PART_BYTES,), layout={"kind": "test"}), PartSpec(bytes=(512,), layout={"kind": "test"}))
+    groups = (GroupSpec(block_tokens=BLOCK_TOKENS),)
+    ns = scheduler.open(NamespaceSpec(model="m", facts={}, groups=groups, parts=parts))
+    lease = reserve(scheduler, ns, hash_list(1))
+    lease.handed_over()
+    expected = {0: (0x1122334455667788, PART_BYTES), 1: (0x99AABBCCDDEEFF01, 512)}
+    for part, (xxh3, _) in expected.items():
+        with worker_of(scheduler, part) as worker:
+            sums = np.array([xxh3], np.uint64)
+            with pytest.raises(InvalidInput, match="join it first"):
+                worker.commit(lease.lease_id, lease.slots, lease.words, sums)
+            worker.join(ns.id, ns.digest, LAYOUT)
+            assert worker.commit(lease.lease_id, lease.slots, lease.words, sums) == 1
+    segment = server.segment_path.read_bytes()
+    for xxh3, length in expected.values():
+        assert xxh3.to_bytes(8, "little") + length.to_bytes(4, "little") in segment
+
+
+def test_two_models_of_other_block_sizes_share_a_server(server: Server) -> None:
+    memories = [np.random.default_rng(i).integers(0, 256, (16, PART_BYTES * (1 + 2 * i)), np.uint8) for i in range(2)]
+    hashes = hash_list(16)  # the same for both: namespaces keep them apart
+    with ExitStack() as stack:
+        one, two = (stack.enter_context(Client.connect(server.endpoint)) for _ in range(2))
+        worker_one, worker_two = (stack.enter_context(worker_of(scheduler)) for scheduler in (one, two))
+        made = []
+        for scheduler, worker, memory in zip((one, two), (worker_one, worker_two), memories, strict=True):
+            ns = scheduler.open(spec(f"model-{memory.shape[1]}", part_bytes=memory.shape[1]))
+            joined = worker.join(ns.id, ns.digest, LAYOUT)
+            lease = reserve(scheduler, ns, hashes)
+            lease.handed_over()
+            worker.store_blocks(layout_of(memory), joined, 0, np.arange(16), lease.slots)
+            assert worker.commit(lease.lease_id, lease.slots, lease.words) == 16
+            made.append((scheduler, worker, ns, joined))
+        for (scheduler, worker, ns, joined), memory in zip(made, memories, strict=True):
+            loaded = np.zeros_like(memory)
+            with scheduler.lookup(ns, hashes) as hit:
+                slots, words = hit.slots(), hit.words()
+                assert worker.load_blocks(layout_of(loaded), joined, 0, np.arange(16), slots, words).all()
+            assert (loaded == memory).all()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_tcp_endpoint_leads_to_the_socket() -> None:
+    port = free_port()
+    place = f"127.0.0.1:{port}"
+    with kvmp.launch("64MiB", tcp=place) as server, Client.connect(f"tcp://{place}") as client:
+        assert client.endpoint == server.endpoint
+        assert client.ping() > 0
+
+
+def test_a_socket_is_found_in_the_folder_as_mapped_here(tmp_path: Path) -> None:
+    with kvmp.launch("64MiB") as server:
+        mapped = tmp_path / "mapped"
+        mapped.symlink_to(server.socket_path.parent)
+        elsewhere = f"unix:/not/here/{server.socket_path.name}"
+        with pytest.raises(ConnectError):
+            Client.connect(elsewhere)
+        with Client.connect(elsewhere, socket_dir=mapped) as client:
+            assert client.endpoint == f"unix:{mapped / server.socket_path.name}"
+            assert client.ping() > 0
+
+
+IMPOSTOR = """
+import os, socket, sys
+os.setgroups([]), os.setgid(65534), os.setuid(65534)
+listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+listener.bind(sys.argv[1])
+os.chmod(sys.argv[1], 0o666)
+listener.listen(1)
+print("ready", flush=True)
+listener.accept()[0].recv(1 << 16)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run a server as another uid")
+def test_a_server_of_another_uid_is_refused() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o777)
+        path = f"{folder}/impostor.sock"
+        command = [sys.executable, "-c", IMPOSTOR, path]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as impostor:
+            try:
+                assert impostor.stdout is not None
+                assert impostor.stdout.readline() == b"ready\n"
+                with pytest.raises(ConnectError, match=r"runs as uid 65534, this process as 0"):
+                    Client.connect(f"unix:{path}")
+            finally:
+                impostor.kill()

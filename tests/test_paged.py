@@ -2,6 +2,8 @@
 
 import ctypes
 import json
+import secrets
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +14,10 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+import kvmp  # noqa: E402
+from kvmp.client import Answer, Client  # noqa: E402
 from kvmp.errors import InvalidInput  # noqa: E402
+from kvmp.namespace import GroupSpec, NamespaceSpec, PartSpec  # noqa: E402
 from kvmp.paged import PagedKV, runs_of  # noqa: E402
 
 DTYPES = [torch.uint8, torch.bfloat16, torch.float8_e4m3fn, torch.float32, torch.int64]
@@ -277,3 +282,53 @@ def test_arguments_that_cannot_be_are_refused_before_a_call(ids, slots, words, n
     with pytest.raises(InvalidInput, match=names):
         kv.load(client, "ns", ids, slots, words)
     assert client.calls == []
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with kvmp.launch("64MiB") as server, Client.connect(server.endpoint) as scheduler:
+        token = scheduler.engine_token
+        with Client.connect(server.endpoint, role="worker", engine_token=token, part=0) as worker:
+            yield scheduler, worker
+
+
+def reserved(scheduler, ns, hashes):
+    """A lease on every hash; again while the server is still backing its memory."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        lease = scheduler.reserve(ns, hashes, first_block=0, timeout_ms=10_000)
+        if (lease.answers == Answer.GRANTED).all():
+            lease.handed_over()
+            return lease
+        lease.cancel()
+    raise AssertionError("the server never granted the blocks")
+
+
+@given(caches(), st.data())
+@settings(deadline=None, max_examples=25)
+def test_what_a_server_keeps_comes_back_and_no_other_byte_changes(engine, cache, data):
+    scheduler, worker = engine
+    num_blocks, made = cache
+    sources = [recipe.storage(i) for i, recipe in enumerate(made)]
+    targets = [recipe.storage(i + 100) for i, recipe in enumerate(made)]
+    before, expected = [s.clone() for s in sources], [t.clone() for t in targets]
+    source = PagedKV(named([r.window(s) for r, s in zip(made, sources, strict=True)]), num_blocks=num_blocks)
+    target = PagedKV(named([r.window(t) for r, t in zip(made, targets, strict=True)]), num_blocks=num_blocks)
+    blocks = data.draw(st.lists(st.integers(0, num_blocks - 1), unique=True, min_size=1))
+    into = data.draw(st.permutations(range(num_blocks)))[: len(blocks)]
+    part = PartSpec(bytes=(source.block_bytes,), layout=source.layout())
+    groups = (GroupSpec(block_tokens=16),)
+    ns = scheduler.open(NamespaceSpec(model="paged", facts={}, groups=groups, parts=(part,)))
+    joined = worker.join(ns.id, ns.digest, json.dumps(source.layout()))
+    hashes = np.frombuffer(secrets.token_bytes(32 * len(blocks)), np.uint8).reshape(-1, 32)
+    lease = reserved(scheduler, ns, hashes)
+    source.store(worker, joined, blocks, lease.slots)
+    assert worker.commit(lease.lease_id, lease.slots, lease.words, timeout_ms=10_000) == len(blocks)
+    with scheduler.lookup(ns, hashes, timeout_ms=10_000) as hit:
+        assert target.load(worker, joined, into, hit.slots(), hit.words()).all()
+    for recipe, want, old in zip(made, expected, before, strict=True):
+        for to, block in zip(into, blocks, strict=True):
+            new = block_of(recipe.bits(old), num_blocks, block)
+            block_of(recipe.bits(want), num_blocks, to).copy_(new)
+    for found, want in zip([*sources, *targets], [*before, *expected], strict=True):
+        np.testing.assert_array_equal(found.numpy(), want.numpy())

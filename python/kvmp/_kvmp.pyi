@@ -13,6 +13,7 @@ __all__ = [
     "BlockIndex",
     "BlockLayout",
     "BoundExceeded",
+    "Busy",
     "Client",
     "ConnectError",
     "IndexGrant",
@@ -41,6 +42,7 @@ class KvmpError(RuntimeError): ...
 class ConnectError(KvmpError): ...
 class ServerLost(KvmpError): ...  # noqa: N818 (says what happened)
 class BoundExceeded(KvmpError): ...  # noqa: N818 (says what happened)
+class Busy(KvmpError): ...  # noqa: N818 (says what happened)
 class ProtocolError(KvmpError): ...
 class NamespaceError(KvmpError): ...
 class LeaseError(KvmpError): ...
@@ -63,6 +65,7 @@ class Client:
         timeout_ms: float = 1000.0,
         dma: bool = False,
         allow_uids: Sequence[int] = ...,
+        reuse: Client | None = None,
     ) -> Client: ...
     @property
     def endpoint(self) -> str: ...

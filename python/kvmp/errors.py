@@ -5,7 +5,8 @@
     KvmpError(RuntimeError)
     ├── ConnectError      no server, refused (uid, version, engine), or the hello went wrong
     ├── ServerLost        the session ended, or is marked lost until a ping is answered
-    ├── BoundExceeded     a call passed its bound (that marks the session lost), or there was no room for one more
+    ├── BoundExceeded     a call passed its bound, which marks the session lost
+    ├── Busy              no room for one more request now; nothing was asked and nothing is lost: ask again later
     ├── ProtocolError     the other side sent what the protocol does not allow
     ├── NamespaceError    spec, digest or part layout refused; slot larger than a chunk; namespace table full
     ├── LeaseError        unknown or ended lease, another's part, another life of the server
@@ -15,6 +16,7 @@
 
 from ._kvmp import (
     BoundExceeded,
+    Busy,
     ConnectError,
     InvalidInput,
     KvmpError,
@@ -27,6 +29,7 @@ from ._kvmp import (
 
 __all__ = [
     "BoundExceeded",
+    "Busy",
     "ConnectError",
     "InvalidInput",
     "KvmpError",

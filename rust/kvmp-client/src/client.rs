@@ -1,39 +1,26 @@
 //! The client: one session's calls in one place.
 
-use std::fs::File;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use kvmp_core::namespace::NamespaceSpec;
-use kvmp_core::segment::{Access, Layout, Mapping};
+use kvmp_core::segment::Mapping;
 use kvmp_core::slot::PartSum;
 use kvmp_core::wire::{ClientMessage, Op, Opened, Refusal, Role, ServerMessage, SocketError};
 use serde_json::Value;
 
+use crate::arena::{Arena, KeptArena};
 use crate::connect::{ConnectOptions, attach};
 use crate::control::ExchangeError;
 use crate::copy::{self, BlockLayout};
 use crate::error::{LostWhy, input};
 use crate::lease::{self, ReadLease, WriteLease};
 use crate::parts::{PartList, close_parts};
-use crate::prefault::Prefault;
 use crate::session::Session;
 use crate::slots::{PartsAt, part_offsets};
 use crate::stats;
+use crate::sums::OpenedNamespaces;
 use crate::{Bound, ClientError, Endpoint, Namespace, PendingLookup, PendingReserve, ReserveList};
-
-/// The chunks. A closed client keeps no descriptor of the segment; copies under way hold the mapping themselves.
-enum Arena {
-    Unmapped(File),
-    Mapped(Mapping),
-    Closed,
-}
-
-fn map_arena(segment: &File, layout: &Layout) -> Result<Mapping, ClientError> {
-    let (at, len) = (layout.arena_offset(), layout.geometry.arena_bytes());
-    Mapping::new(segment, at, len, Access::ReadWrite)
-        .map_err(|e| ClientError::Segment(format!("mapping {len} bytes of the arena: {e}")))
-}
 
 /// A connected client. Shared between threads freely: no call holds a lock while it sleeps.
 pub struct Client {
@@ -44,8 +31,8 @@ pub struct Client {
     part: Option<u16>,
     keys_max: u32,
     server_version: String,
-    arena: Mutex<Arena>,
-    prefault: Mutex<Option<Prefault>>,
+    arena: Arena,
+    opened: OpenedNamespaces,
 }
 
 impl Client {
@@ -65,8 +52,8 @@ impl Client {
             part: options.part,
             keys_max: welcome.keys_max.clamp(1, kvmp_core::wire::LOOKUP_MAX),
             server_version: welcome.server_version,
-            arena: Mutex::new(Arena::Unmapped(segment)),
-            prefault: Mutex::new(None),
+            arena: Arena::new(segment, session.table.clone(), options.keep.as_ref()),
+            opened: OpenedNamespaces::default(),
             session,
         })
     }
@@ -175,7 +162,9 @@ impl Client {
     }
 
     fn opened(&self, opened: Opened) -> Result<Namespace, ClientError> {
-        Namespace::new(opened, &self.session)
+        let namespace = Namespace::new(opened, &self.session)?;
+        self.opened.add(&namespace);
+        Ok(namespace)
     }
 
     fn refused(&self, refusal: Refusal, message: String) -> ClientError {
@@ -240,6 +229,15 @@ impl Client {
         close_parts(&self.session, self.keys_max, Op::Commit, &list, bound)
     }
 
+    /// Sums of this client's part of some slots for [`Self::commit`]: `xxh3` of each part, with the part's length.
+    ///
+    /// # Errors
+    /// No part, not a sum a slot, or a slot that is of no namespace opened or joined here.
+    pub fn part_sums(&self, slots: &[u32], xxh3: &[u64]) -> Result<Vec<PartSum>, ClientError> {
+        self.session.check_process()?;
+        self.opened.part_sums(&self.session.table, self.own_part()?, slots, xxh3)
+    }
+
     /// Gives up this client's part of the slots; how many the server took.
     pub fn abort(&self, lease: u64, slots: &[u32], words: &[u64], bound: &Bound<'_>) -> Result<u32, ClientError> {
         let list = PartList { lease, part: self.own_part()?, slots, words, sums: None };
@@ -270,28 +268,24 @@ impl Client {
 
     /// The arena, mapped at the first ask.
     pub fn arena(&self) -> Result<Mapping, ClientError> {
-        let mut arena = self.arena.lock().unwrap_or_else(PoisonError::into_inner);
-        let mapping = match &*arena {
-            Arena::Mapped(mapping) => return Ok(mapping.clone()),
-            Arena::Closed => return Err(ClientError::Lost(LostWhy::Closed)),
-            Arena::Unmapped(segment) => map_arena(segment, self.session.table.layout())?,
-        };
-        *arena = Arena::Mapped(mapping.clone());
-        Ok(mapping)
+        self.arena.mapping()
+    }
+
+    /// This client's mapping of the arena with what is populated of it, for the next client of the same segment
+    /// ([`ConnectOptions::keep`]); also after [`Self::close`]. `None` where nothing was mapped, and in a forked child.
+    #[must_use]
+    pub fn keep_arena(&self) -> Option<KeptArena> {
+        self.session.check_process().ok().and_then(|()| self.arena.keep())
     }
 
     /// Makes the arena's page-table entries in a thread of its own, so that first copies do not wait for them. Ended by
     /// [`Self::close`]; once is enough.
     ///
     /// # Errors
-    /// The arena cannot be mapped.
+    /// The arena cannot be mapped, or the client was closed.
     pub fn prefault(&self) -> Result<(), ClientError> {
         self.session.check_process()?;
-        let mut prefault = self.prefault.lock().unwrap_or_else(PoisonError::into_inner);
-        if prefault.is_none() {
-            *prefault = Prefault::start(self.session.table.clone(), self.arena()?);
-        }
-        Ok(())
+        self.arena.prefault()
     }
 
     /// Copies blocks of the engine's memory into this client's part of the slots; returns when all bytes are there.
@@ -352,7 +346,7 @@ impl Client {
         namespace.check_session(&self.session)?;
         let (offsets, bytes) = part_offsets(&self.session.table, namespace, group, self.own_part()?, slots)?;
         let guard = self.session.holder.guard().ok_or(ClientError::Lost(LostWhy::Closed))?;
-        Ok(PartsAt { offsets, bytes, arena: self.arena()?, guard })
+        Ok(PartsAt { offsets, bytes, arena: self.arena.mapping()?, guard })
     }
 
     /// Refuses a write lease of another life of the server: nothing may be stored under it.
@@ -367,9 +361,7 @@ impl Client {
             self.session.end(LostWhy::Closed);
             self.session.control.shut();
             self.session.holder.give_up();
-            let prefault = self.prefault.lock().unwrap_or_else(PoisonError::into_inner).take();
-            prefault.into_iter().for_each(Prefault::end);
-            *self.arena.lock().unwrap_or_else(PoisonError::into_inner) = Arena::Closed;
+            self.arena.close();
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
 use kvmp_core::geometry::Geometry;
@@ -14,7 +14,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use crate::control::{Control, ExchangeError, greet};
 use crate::fork::{self, LocalFd};
 use crate::holder::Holder;
-use crate::{Bound, ClientError, Endpoint};
+use crate::{Bound, ClientError, Endpoint, KeptArena};
 
 /// What to connect as.
 #[derive(Debug, Clone)]
@@ -31,13 +31,15 @@ pub struct ConnectOptions {
     pub socket_dir: Option<PathBuf>,
     /// Uids a server may have beside this process's own and root.
     pub allow_uids: Vec<u32>,
+    /// Mapping of an earlier client ([`crate::Client::keep_arena`]), used on where the segment is the same inode.
+    pub keep: Option<KeptArena>,
 }
 
 impl ConnectOptions {
     /// Options of a role, all else left out.
     #[must_use]
     pub fn new(role: Role) -> Self {
-        Self { role, engine_token: None, part: None, dma: false, socket_dir: None, allow_uids: Vec::new() }
+        Self { role, engine_token: None, part: None, dma: false, socket_dir: None, allow_uids: Vec::new(), keep: None }
     }
 
     fn check(&self) -> Result<(), ClientError> {
@@ -90,24 +92,32 @@ pub(crate) fn attach(
     let place = Endpoint::Unix(path.clone()).to_string();
     let socket = dial(&path, bound)
         .map_err(|errno| ClientError::Unreachable { endpoint: place.clone(), source: io::Error::from(errno) })?;
-    check_peer(&socket, &place, &options.allow_uids)?;
-    let (welcome, fds) = hello(&socket, options, &place, bound)?;
-    let control = Control::new(LocalFd::new(socket, &mut fork::registry()));
-    map(path, welcome, control, fds)
+    let fd = socket.get().ok_or(ClientError::Forked { parent: 0 })?;
+    check_peer(fd, &place, &options.allow_uids)?;
+    let (welcome, fds) = hello(fd, options, &place, bound)?;
+    map(path, welcome, Control::new(socket), fds)
 }
 
-fn dial(path: &Path, bound: &Bound<'_>) -> rustix::io::Result<OwnedFd> {
-    let address = SocketAddrUnix::new(path)?;
+/// A socket that no forked child keeps, from its first moment on.
+fn local_socket() -> rustix::io::Result<LocalFd> {
+    let mut registry = fork::registry();
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    Ok(LocalFd::new(socket, &mut registry))
+}
+
+fn dial(path: &Path, bound: &Bound<'_>) -> rustix::io::Result<LocalFd> {
+    let address = SocketAddrUnix::new(path)?;
+    let local = local_socket()?;
+    let socket = local.get().ok_or(rustix::io::Errno::BADF)?;
     // A full backlog makes a unix connect wait; the send time-out bounds that (zero would mean for ever).
     let limit = bound.left().max(std::time::Duration::from_millis(1));
-    rustix::net::sockopt::set_socket_timeout(&socket, rustix::net::sockopt::Timeout::Send, Some(limit))?;
-    rustix::io::retry_on_intr(|| rustix::net::connect(&socket, &address))?;
-    rustix::io::ioctl_fionbio(&socket, true)?;
-    Ok(socket)
+    rustix::net::sockopt::set_socket_timeout(socket, rustix::net::sockopt::Timeout::Send, Some(limit))?;
+    rustix::io::retry_on_intr(|| rustix::net::connect(socket, &address))?;
+    rustix::io::ioctl_fionbio(socket, true)?;
+    Ok(local)
 }
 
-fn check_peer(socket: &OwnedFd, place: &str, allowed: &[u32]) -> Result<(), ClientError> {
+fn check_peer(socket: BorrowedFd<'_>, place: &str, allowed: &[u32]) -> Result<(), ClientError> {
     let hello = |source| ClientError::Hello { endpoint: place.to_owned(), source };
     let (uid, _) = peer_uid(socket).map_err(hello)?;
     let own = rustix::process::geteuid().as_raw();
@@ -118,7 +128,7 @@ fn check_peer(socket: &OwnedFd, place: &str, allowed: &[u32]) -> Result<(), Clie
 }
 
 fn hello(
-    socket: &OwnedFd,
+    socket: BorrowedFd<'_>,
     options: &ConnectOptions,
     place: &str,
     bound: &Bound<'_>,

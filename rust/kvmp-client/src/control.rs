@@ -1,6 +1,6 @@
 //! The session's socket: one message out, one answer in, each within a bound; and the look whether it hung up.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -123,14 +123,14 @@ pub(crate) fn timespec(duration: Duration) -> Timespec {
 
 /// First exchange: the hello, and the Welcome with its descriptors, registered before any fork can copy them.
 pub(crate) fn greet(
-    socket: &OwnedFd,
+    socket: BorrowedFd<'_>,
     hello: &ClientMessage,
     bound: &Bound<'_>,
 ) -> Result<(ServerMessage, Vec<LocalFd>), ExchangeError> {
-    wait_for(socket.as_fd(), PollFlags::OUT, bound)?;
+    wait_for(socket, PollFlags::OUT, bound)?;
     send(socket, hello, &[])?;
     loop {
-        wait_for(socket.as_fd(), PollFlags::IN, bound)?;
+        wait_for(socket, PollFlags::IN, bound)?;
         let mut registry = crate::fork::registry();
         match receive(socket) {
             Err(SocketError::TimedOut) => {}

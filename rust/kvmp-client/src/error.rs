@@ -97,12 +97,15 @@ pub enum ClientError {
         /// Its bound in milliseconds.
         limit_ms: u64,
     },
-    /// No room for one more request now.
-    #[error("no room for {op}: {open} requests are open and the scratch area has no {bytes} bytes in a row free")]
+    /// No room for one more request now. Nothing was asked and nothing is lost: ask again once replies have come.
+    #[error(
+        "no room for {op}: {open} requests are unanswered, and {bytes} bytes in a row of the scratch area are needed; \
+         ask again once replies have come"
+    )]
     Busy {
         /// The call.
         op: &'static str,
-        /// Requests that are not answered or not taken.
+        /// Requests that the server has not answered.
         open: usize,
         /// Bytes the call needs.
         bytes: usize,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvmp_core::ids::SlotId;
-use kvmp_core::segment::{ChunkWord, TableMap};
+use kvmp_core::segment::{ChunkWord, RecordCells, TableMap};
 use kvmp_core::sync::{Ordering, fence};
 use kvmp_core::wire::Op;
 
@@ -176,12 +176,17 @@ pub(crate) fn check(table: &TableMap, slots: &[u32], words: &[u64]) -> Vec<bool>
     slots.iter().zip(words).map(|(&slot, &word)| word_of(table, SlotId(slot)) == Some(word)).collect()
 }
 
-/// A slot's word; `None` where there is none. The chunk's word is asked first: the record of a chunk without memory
-/// must not be touched, as that would take memory from the file system.
+/// A slot's word; `None` where there is none.
 pub(crate) fn word_of(table: &TableMap, slot: SlotId) -> Option<u64> {
+    record_of(table, slot).map(|record| record.word().0)
+}
+
+/// A slot's record; `None` where there is none. The chunk's word is asked first: the record of a chunk without memory
+/// must not be touched, as that would take memory from the file system.
+pub(crate) fn record_of(table: &TableMap, slot: SlotId) -> Option<RecordCells<'_>> {
     let chunk = table.layout().geometry.chunk_of(slot)?;
     match table.chunk(chunk)? {
-        ChunkWord::Assigned(_) | ChunkWord::Draining(_) => Some(table.record(slot)?.word().0),
+        ChunkWord::Assigned(_) | ChunkWord::Draining(_) => table.record(slot),
         ChunkWord::Cold | ChunkWord::Free => None,
     }
 }

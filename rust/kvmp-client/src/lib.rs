@@ -7,6 +7,7 @@
 //! A session is *lost* after a missed bound until a ping is answered, and for good after a hang-up. While it is lost no
 //! call waits and none submits.
 
+mod arena;
 mod bound;
 mod client;
 mod connect;
@@ -27,7 +28,9 @@ mod scratch;
 mod session;
 mod slots;
 mod stats;
+mod sums;
 
+pub use arena::KeptArena;
 pub use bound::Bound;
 pub use client::Client;
 pub use connect::ConnectOptions;

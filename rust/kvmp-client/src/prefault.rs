@@ -1,16 +1,32 @@
 //! Page-table entries of the arena's mapping, made in the background after attach, chunk by chunk as memory comes.
 
+use std::ops::ControlFlow;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvmp_core::ids::ChunkId;
-use kvmp_core::segment::{ChunkWord, Mapping, TableMap};
+use kvmp_core::segment::{ChunkWord, TableMap};
 
+use crate::arena::ArenaMap;
 use crate::copy::{Populated, Touch, populate};
 
-/// Between two looks for chunks that have got memory meanwhile.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// Between two looks for chunks that have got memory meanwhile: at first, and where none has for long (a server that ran
+/// out of room backs no more for as long as it lives).
+const SHORTEST: Duration = Duration::from_millis(50);
+const LONGEST: Duration = Duration::from_secs(5);
+
+/// Pauses that double as long as nothing new is found.
+#[derive(Debug)]
+struct Pace(Duration);
+
+impl Pace {
+    fn next(&mut self, found: bool) -> Duration {
+        let pause = if found { SHORTEST } else { self.0 };
+        self.0 = (2 * pause).min(LONGEST);
+        pause
+    }
+}
 
 /// Whether the thread is to end.
 #[derive(Debug, Default)]
@@ -29,9 +45,9 @@ impl Stop {
     }
 
     /// Sleeps a while, or until asked to end.
-    fn pause(&self) {
+    fn pause(&self, limit: Duration) {
         // Whether it was time or the ask that ended the pause is asked for anew.
-        drop(self.changed.wait_timeout_while(self.lock(), LOOK_AGAIN, |asked| !*asked));
+        drop(self.changed.wait_timeout_while(self.lock(), limit, |asked| !*asked));
     }
 }
 
@@ -44,7 +60,7 @@ pub(crate) struct Prefault {
 
 impl Prefault {
     /// Starts it; where the system refuses a thread, the first copies take the faults.
-    pub fn start(table: TableMap, arena: Mapping) -> Option<Self> {
+    pub fn start(table: TableMap, arena: Arc<ArenaMap>) -> Option<Self> {
         let stop = Arc::new(Stop::default());
         let asked = stop.clone();
         let work = move || map_in_all(&table, &arena, &asked);
@@ -61,28 +77,45 @@ impl Prefault {
     }
 }
 
-fn map_in_all(table: &TableMap, arena: &Mapping, stop: &Stop) {
-    let mut left: Vec<ChunkId> = (0..table.layout().geometry.chunks).map(ChunkId).collect();
-    while !left.is_empty() && !stop.is_asked() {
-        let mut unsupported = false;
-        left.retain(|&chunk| {
-            let backed = !matches!(table.chunk(chunk), None | Some(ChunkWord::Cold));
-            let done = backed && map_in(table, arena, chunk, stop);
-            unsupported |= backed && !done;
-            !done
-        });
-        if unsupported {
-            return;
-        }
-        if !left.is_empty() {
-            stop.pause();
-        }
+fn map_in_all(table: &TableMap, arena: &ArenaMap, stop: &Stop) {
+    let mut pace = Pace(SHORTEST);
+    while let ControlFlow::Continue(found) = map_in_backed(table, arena, stop) {
+        stop.pause(pace.next(found));
     }
 }
 
-/// Whether all of a chunk is mapped in; otherwise there is no use in going on.
-fn map_in(table: &TableMap, arena: &Mapping, chunk: ChunkId, stop: &Stop) -> bool {
+/// Maps in every chunk that has memory and is left; whether there was one. Breaks where there is no use in going on.
+fn map_in_backed(table: &TableMap, arena: &ArenaMap, stop: &Stop) -> ControlFlow<(), bool> {
+    let is_cold = |chunk: &ChunkId| matches!(table.chunk(*chunk), None | Some(ChunkWord::Cold));
+    let (cold, backed): (Vec<_>, Vec<_>) = arena.left().into_iter().partition(is_cold);
+    let found = !backed.is_empty();
+    for chunk in backed {
+        if !map_in(table, arena, chunk, stop) {
+            return ControlFlow::Break(());
+        }
+        arena.populated(chunk);
+    }
+    if cold.is_empty() || stop.is_asked() { ControlFlow::Break(()) } else { ControlFlow::Continue(found) }
+}
+
+/// Whether all of a chunk is mapped in.
+fn map_in(table: &TableMap, arena: &ArenaMap, chunk: ChunkId, stop: &Stop) -> bool {
     let bytes = table.layout().geometry.chunk_bytes as usize;
-    let at = arena.as_ptr().wrapping_add(chunk.0 as usize * bytes);
+    let at = arena.mapping.as_ptr().wrapping_add(chunk.0 as usize * bytes);
     matches!(populate(at, bytes, Touch::Read, || !stop.is_asked()), Ok(Populated::All))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn looks_get_rare_where_no_memory_comes() {
+        let mut pace = Pace(SHORTEST);
+        let pauses: Vec<Duration> = (0..12).map(|_| pace.next(false)).collect();
+        assert_eq!(pauses[0], SHORTEST);
+        assert!(pauses.windows(2).all(|two| two[1] == (2 * two[0]).min(LONGEST)));
+        assert_eq!(pauses[11], LONGEST);
+        assert_eq!((pace.next(true), pace.next(false)), (SHORTEST, 2 * SHORTEST));
+    }
 }

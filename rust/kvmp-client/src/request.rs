@@ -1,7 +1,8 @@
 //! The table of open requests.
 //!
-//! `Waiting -> Answered -> taken`, or `Waiting -> GivenUp -> settled`. A request keeps its scratch range until it is
-//! taken or settled: until then the server may write there.
+//! `open -> answered -> taken`, or `open -> given up -> settled`. A request keeps its id and its scratch ranges until its
+//! completion is harvested: until then the server may write there, and from then on the reply lies on the heap, so that
+//! an answer nobody has asked for yet takes no room from other requests.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -10,6 +11,21 @@ use kvmp_core::wire::{Code, Completion, Op, Submission};
 
 use crate::ClientError;
 use crate::scratch::{Range, Scratch};
+
+/// Ids that only lease ends and pings get, and among them those that only pings get: however many questions wait, leases
+/// are ended and a lost server is asked for a sign of life.
+const KEPT_FOR_ENDS: u64 = 64;
+const KEPT_FOR_PINGS: u64 = 8;
+
+/// How many requests may be open when one of this op is added.
+const fn most_open(op: Op) -> usize {
+    let kept = match op {
+        Op::Ping => 0,
+        Op::Release | Op::Cancel => KEPT_FOR_PINGS,
+        _ => KEPT_FOR_PINGS + KEPT_FOR_ENDS,
+    };
+    (RING_ENTRIES - kept) as usize
+}
 
 /// What to submit. The input's pieces are laid end to end.
 #[derive(Clone, Copy)]
@@ -38,25 +54,20 @@ pub(crate) struct Reply {
     pub out: Vec<u8>,
 }
 
-#[derive(Debug, Clone, Copy)]
-enum State {
-    Waiting,
-    GivenUp,
-    Answered(Completion),
-}
-
 #[derive(Debug)]
 struct Open {
     op: Op,
     input: Range,
     output: Range,
-    state: State,
+    given_up: bool,
 }
 
 /// The requests of a session, and the lease ends it still owes the server.
 #[derive(Debug)]
 pub(crate) struct Requests {
     open: HashMap<u64, Open>,
+    /// Replies that have come and are not taken.
+    answered: HashMap<u64, (Op, Reply)>,
     scratch: Scratch,
     owed: VecDeque<(Op, u64)>,
     last: u64,
@@ -68,13 +79,13 @@ pub(crate) struct Unasked(pub String);
 
 impl Requests {
     pub fn new() -> Self {
-        Self { open: HashMap::new(), scratch: Scratch::new(), owed: VecDeque::new(), last: 0 }
+        Self { open: HashMap::new(), answered: HashMap::new(), scratch: Scratch::new(), owed: VecDeque::new(), last: 0 }
     }
 
     /// Sets a request up: its id and ranges are in the entry returned, its input lies in the scratch area.
     pub fn begin(&mut self, ring: &Ring, ask: &Ask<'_>) -> Result<Submission, ClientError> {
         let busy = |open| ClientError::Busy { op: name(ask.op), open, bytes: ask.in_bytes() + ask.out_bytes };
-        if self.open.len() as u64 >= RING_ENTRIES {
+        if self.open.len() >= most_open(ask.op) {
             return Err(busy(self.open.len()));
         }
         let (input, output) = self.ranges(ask.in_bytes(), ask.out_bytes).ok_or_else(|| busy(self.open.len()))?;
@@ -84,7 +95,7 @@ impl Requests {
             at += piece.len() as u32;
         }
         self.last += 1;
-        self.open.insert(self.last, Open { op: ask.op, input, output, state: State::Waiting });
+        self.open.insert(self.last, Open { op: ask.op, input, output, given_up: false });
         Ok(Submission {
             request: self.last,
             op: ask.op as u8,
@@ -107,58 +118,46 @@ impl Requests {
         }
     }
 
-    /// Notes a completion; a late one is settled at once.
-    pub fn answer(&mut self, completion: Completion) -> Result<(), Unasked> {
+    /// Takes a completion in: its bytes are copied out, its id and ranges are free. A late one is settled at once.
+    pub fn answer(&mut self, ring: &Ring, completion: Completion) -> Result<(), Unasked> {
         let id = completion.request;
-        let open = self.open.get_mut(&id).ok_or_else(|| Unasked(format!("a reply to request {id}, never made")))?;
+        let open = self.close(id).ok_or_else(|| Unasked(format!("a reply to request {id}, which is not open")))?;
         if completion.out_bytes > open.output.len {
             return Err(Unasked(format!("a reply of {} bytes where {} fit", completion.out_bytes, open.output.len)));
         }
-        match open.state {
-            State::Waiting => open.state = State::Answered(completion),
-            State::GivenUp => self.settle(id, completion),
-            State::Answered(_) => return Err(Unasked(format!("a second reply to request {id}"))),
+        if open.given_up {
+            self.settle(open.op, completion);
+        } else {
+            let mut out = vec![0; completion.out_bytes as usize];
+            ring.read_scratch(open.output.offset, &mut out);
+            self.answered.insert(id, (open.op, Reply { completion, out }));
         }
         Ok(())
     }
 
-    /// Takes a reply that has come; its ranges are free afterwards.
-    pub fn take(&mut self, ring: &Ring, id: u64) -> Option<Reply> {
-        let State::Answered(completion) = self.open.get(&id)?.state else { return None };
-        let open = self.close(id)?;
-        let mut out = vec![0; completion.out_bytes as usize];
-        ring.read_scratch(open.output.offset, &mut out);
-        Some(Reply { completion, out })
+    /// Takes a reply that has come.
+    pub fn take(&mut self, id: u64) -> Option<Reply> {
+        self.answered.remove(&id).map(|(_, reply)| reply)
     }
 
     /// Nobody wants the reply any more.
     pub fn give_up(&mut self, id: u64) {
-        match self.open.get_mut(&id) {
-            Some(Open { state: State::Answered(completion), .. }) => {
-                let completion = *completion;
-                self.settle(id, completion);
-            }
-            Some(open) => open.state = State::GivenUp,
-            None => {}
+        if let Some((op, reply)) = self.answered.remove(&id) {
+            self.settle(op, reply.completion);
+        } else if let Some(open) = self.open.get_mut(&id) {
+            open.given_up = true;
         }
     }
 
     /// Wants a reply after all, if it has not come yet.
     pub fn adopt(&mut self, id: u64) -> bool {
-        match self.open.get_mut(&id) {
-            Some(open) => {
-                open.state = State::Waiting;
-                true
-            }
-            None => false,
-        }
+        self.open.get_mut(&id).map(|open| open.given_up = false).is_some()
     }
 
-    /// Ends the lease that a reply nobody wants granted, and frees its ranges.
-    fn settle(&mut self, id: u64, completion: Completion) {
-        let Some(open) = self.close(id) else { return };
+    /// Ends the lease that a reply nobody wants granted.
+    fn settle(&mut self, op: Op, completion: Completion) {
         let granted = completion.code == Code::Ok as u16 && completion.lease != 0;
-        match open.op {
+        match op {
             Op::Lookup if granted => self.owe(Op::Release, completion.lease),
             Op::Reserve if granted => self.owe(Op::Cancel, completion.lease),
             _ => {}
@@ -179,19 +178,19 @@ impl Requests {
 
     /// The next lease end to submit, as a request whose reply nobody waits for.
     pub fn next_owed(&mut self) -> Option<Submission> {
-        if self.open.len() as u64 >= RING_ENTRIES {
+        if self.open.len() >= most_open(Op::Release) {
             return None;
         }
         let (op, lease) = self.owed.pop_front()?;
         self.last += 1;
         let none = Range::default();
-        self.open.insert(self.last, Open { op, input: none, output: none, state: State::GivenUp });
+        self.open.insert(self.last, Open { op, input: none, output: none, given_up: true });
         Some(Submission { request: self.last, op: op as u8, lease, ..Submission::default() })
     }
 
     /// Requests not taken or settled.
     pub fn len(&self) -> usize {
-        self.open.len()
+        self.open.len() + self.answered.len()
     }
 }
 

@@ -191,7 +191,8 @@ impl Session {
         if Parking(self.table.parked()).must_ring()
             && let Some(doorbell) = self.doorbell.get()
         {
-            // An eventfd only fails to take 1 when its counter is full, and then it rings already.
+            // Edge-triggered and never read: only a write rings. A write fails (EAGAIN) once the counter is full, after
+            // 2^64 - 2 rings, and then there is nothing more to do; the server looks at every queue when it wakes.
             let _ = rustix::io::write(doorbell, &1u64.to_ne_bytes());
         }
     }
@@ -202,7 +203,7 @@ impl Session {
         while let Some(entry) = state.completions.pop().map_err(|corrupt| self.broken(corrupt.to_string()))? {
             any = true;
             let completion = Completion::from_entry(entry);
-            state.requests.answer(completion).map_err(|unasked| self.broken(unasked.0))?;
+            state.requests.answer(&self.ring, completion).map_err(|unasked| self.broken(unasked.0))?;
             if state.old_ping == Some(completion.request) {
                 state.old_ping = None;
                 self.note_alive();
@@ -251,11 +252,11 @@ impl Session {
     /// The reply, if it has come.
     fn look(&self, request: u64) -> Result<Option<Reply>, ClientError> {
         let mut state = self.lock();
-        if let Some(reply) = state.requests.take(&self.ring, request) {
+        if let Some(reply) = state.requests.take(request) {
             return Ok(Some(reply));
         }
         self.harvest(&mut state)?;
-        Ok(state.requests.take(&self.ring, request))
+        Ok(state.requests.take(request))
     }
 
     fn wake_all(&self) {

@@ -8,9 +8,11 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
 use fake::{Fake, GENEROUS, Listener};
-use kvmp_client::{Bound, Client, ClientError, ConnectOptions, LostWhy, Namespace, ReserveList};
+use kvmp_client::{Bound, Client, ClientError, ConnectOptions, LostWhy, Namespace, PendingLookup, ReserveList};
+use kvmp_core::ids::ChunkId;
 use kvmp_core::namespace::{GroupRule, GroupSpec, NamespaceSpec, PartSpec};
 use kvmp_core::ring::{COMPLETIONS, QueueCells};
+use kvmp_core::segment::ChunkWord;
 use kvmp_core::wire::{Completion, GroupOut, LookupOut, Op, Role, Submission};
 use zerocopy::IntoBytes;
 
@@ -260,19 +262,70 @@ fn a_long_list_goes_on_after_a_full_hit_only() {
     assert_eq!(pending.poll().unwrap().unwrap().tokens(), 15 * 16);
 }
 
+/// Asks until there is no room for one more question.
+fn fill(client: &Client, namespace: &Namespace) -> (Vec<PendingLookup>, ClientError) {
+    let mut open = Vec::new();
+    loop {
+        match client.submit_lookup(namespace, &hashes(1)) {
+            Ok(pending) => open.push(pending),
+            Err(error) => return (open, error),
+        }
+    }
+}
+
 #[test]
 fn a_full_table_is_said_and_never_waited_for() {
     let (client, _server, namespace) = opened();
-    let mut open = Vec::new();
-    let full = loop {
-        match client.submit_lookup(&namespace, &hashes(1)) {
-            Ok(pending) => open.push(pending),
-            Err(error) => break error,
-        }
-    };
-    assert!(matches!(full, ClientError::Busy { op: "lookup", open: 1024, .. }), "{full}");
-    assert_eq!(open.len(), 1024);
+    let (open, full) = fill(&client, &namespace);
+    assert!(matches!(full, ClientError::Busy { op: "lookup", open: 952, .. }), "{full}");
+    assert_eq!(open.len(), 952);
     assert!(client.lost().is_none());
+}
+
+#[test]
+fn an_answer_that_nobody_has_taken_keeps_no_room() {
+    let (client, mut server, namespace) = opened();
+    let mut places = std::collections::BTreeSet::new();
+    let mut pending = Vec::new();
+    for lease in 1..=2000 {
+        pending.push(client.submit_lookup(&namespace, &hashes(1)).unwrap());
+        let asked = server.take();
+        places.insert(asked.out_offset);
+        hit(&mut server, &asked, 1, lease);
+    }
+    assert!(places.len() <= 2, "the scratch ranges are free as soon as the replies are harvested: {places:?}");
+    for (lease, pending) in (1..).zip(&mut pending) {
+        let mut hit = pending.poll().unwrap().unwrap();
+        assert_eq!(hit.group(0).unwrap().words, [9], "reply {lease} is its own");
+        hit.release();
+        let released = server.take();
+        assert_eq!(released.lease, lease);
+        server.complete(ok(&released));
+    }
+}
+
+#[test]
+fn lease_ends_and_pings_find_room_beside_all_questions() {
+    let (client, mut server, namespace) = opened();
+    let mut pending = client.submit_lookup(&namespace, &hashes(1)).unwrap();
+    let asked = server.take();
+    hit(&mut server, &asked, 1, 31);
+    let lease = pending.poll().unwrap().unwrap();
+    let (open, _) = fill(&client, &namespace);
+    drop(lease);
+    for _ in &open {
+        assert_eq!(server.take().op, Op::Lookup as u8);
+    }
+    let released = server.take_now().unwrap();
+    assert_eq!((released.op, released.lease), (Op::Release as u8, 31));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let ping = server.take();
+            assert_eq!(ping.op, Op::Ping as u8);
+            server.complete(ok(&ping));
+        });
+        client.ping(&Bound::ms(GENEROUS)).unwrap();
+    });
 }
 
 #[test]
@@ -311,7 +364,7 @@ fn a_welcome_that_is_not_the_segments_is_refused() {
 }
 
 #[test]
-fn a_copy_guard_keeps_the_holder_entry_beyond_the_session() {
+fn a_lease_of_another_epoch_and_a_copy_without_a_part_are_refused() {
     let (client, _server, namespace) = opened();
     assert!(matches!(client.check_epoch(41), Err(ClientError::Epoch { lease: 41, session: 42 })));
     client.check_epoch(42).unwrap();
@@ -319,4 +372,24 @@ fn a_copy_guard_keeps_the_holder_entry_beyond_the_session() {
     assert!(matches!(client.parts_at(&namespace, 0, &[0]), Err(ClientError::Input { name: "part", .. })));
     client.close();
     assert!(matches!(client.arena(), Err(ClientError::Lost(LostWhy::Closed))));
+    assert!(matches!(client.prefault(), Err(ClientError::Lost(LostWhy::Closed))));
+}
+
+#[test]
+fn a_copy_guard_keeps_the_holder_entry_beyond_the_session() {
+    let options = ConnectOptions { engine_token: Some(5), part: Some(0), ..ConnectOptions::new(Role::Worker) };
+    let (client, server) = Fake::connected_as(&options);
+    server.table.set_chunk(ChunkId(0), ChunkWord::Assigned(1));
+    let digest: String = spec().digest().iter().map(|byte| format!("{byte:02x}")).collect();
+    let namespace = std::thread::scope(|scope| {
+        scope.spawn(|| server.answer_join(spec()));
+        client.join(3, &digest, &serde_json::Value::Null, &Bound::ms(GENEROUS)).unwrap()
+    });
+    let copying = client.parts_at(&namespace, 0, &[0]).unwrap();
+    client.close();
+    assert!(server.holder_is_locked(), "a copy may be under way");
+    drop(client);
+    assert!(server.holder_is_locked(), "also when nothing else of the session is left");
+    drop(copying);
+    assert!(!server.holder_is_locked());
 }

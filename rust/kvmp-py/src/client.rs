@@ -31,10 +31,11 @@ impl Client {
     ///
     /// A scheduler is given a fresh engine token; a worker gives its scheduler's and the index of the part it writes.
     /// `socket_dir` is the folder of the server's socket as mapped here (containers). `dma` says that copies may land
-    /// after this process is gone. Servers of this uid and root are accepted, and of `allow_uids`.
+    /// after this process is gone. Servers of this uid and root are accepted, and of `allow_uids`. `reuse` is an earlier
+    /// client, closed or not: where the segment is the same inode, its mapping of the arena is kept and not made anew.
     #[staticmethod]
     #[pyo3(signature = (endpoint="tcp://localhost:5555", *, role="scheduler", engine_token=None, part=None,
-                        socket_dir=None, timeout_ms=1000.0, dma=false, allow_uids=Vec::new()))]
+                        socket_dir=None, timeout_ms=1000.0, dma=false, allow_uids=Vec::new(), reuse=None))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
     fn connect(
         py: Python<'_>,
@@ -46,9 +47,11 @@ impl Client {
         timeout_ms: f64,
         dma: bool,
         allow_uids: Vec<u32>,
+        reuse: Option<&Self>,
     ) -> PyResult<Self> {
         let role = role_of(py, role)?;
-        let options = ConnectOptions { role, engine_token, part, dma, socket_dir, allow_uids };
+        let keep = reuse.and_then(|client| client.inner.keep_arena());
+        let options = ConnectOptions { role, engine_token, part, dma, socket_dir, allow_uids, keep };
         let inner = bounded(py, timeout_ms, |bound| kvmp_client::Client::connect(endpoint, &options, bound))?;
         if role == Role::Worker {
             inner.prefault().or_raise(py)?;

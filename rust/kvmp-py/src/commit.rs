@@ -6,18 +6,14 @@ use pyo3::prelude::*;
 
 use crate::arguments::{array, list};
 use crate::client::Client;
-use crate::errors::{OrRaise, invalid};
+use crate::errors::OrRaise;
 use crate::wait::bounded;
 
-/// Sums `(n,)` of uint64 as the wire has them. The length of a part is the namespace's, so it is not repeated here.
-fn part_sums(py: Python<'_>, sums: Option<&Bound<'_, PyAny>>, slots: usize) -> PyResult<Option<Vec<PartSum>>> {
-    let Some(sums) = sums else { return Ok(None) };
-    let sums = list::<u64>(sums, "sums")?;
-    if sums.len() != slots {
-        return Err(invalid(py, "sums", format!("{} sums for {slots} slots", sums.len())));
+impl Client {
+    /// Sums `(n,)` of uint64 as the wire has them, with the length of this client's part.
+    fn part_sums(&self, py: Python<'_>, sums: &Bound<'_, PyAny>, slots: &[u32]) -> PyResult<Vec<PartSum>> {
+        self.inner.part_sums(slots, &list::<u64>(sums, "sums")?).or_raise(py)
     }
-    let sum = |xxh3| PartSum { xxh3, length: 0, flags: PartSum::HAS_SUM };
-    Ok(Some(sums.into_iter().map(sum).collect()))
 }
 
 #[pymethods]
@@ -36,7 +32,7 @@ impl Client {
         timeout_ms: f64,
     ) -> PyResult<u32> {
         let (slots, words) = (list::<u32>(slots, "slots")?, list::<u64>(words, "words")?);
-        let sums = part_sums(py, sums, slots.len())?;
+        let sums = sums.map(|sums| self.part_sums(py, sums, &slots)).transpose()?;
         bounded(py, timeout_ms, |bound| self.inner.commit(lease_id, &slots, &words, sums.as_deref(), bound))
     }
 

@@ -13,6 +13,7 @@ pub enum Class {
     Connect,
     ServerLost,
     BoundExceeded,
+    Busy,
     Protocol,
     Namespace,
     Lease,
@@ -21,11 +22,12 @@ pub enum Class {
 }
 
 /// Name and docstring of each class, in the order of [`Class`].
-const CLASSES: [(&str, &str); 9] = [
+const CLASSES: [(&str, &str); 10] = [
     ("KvmpError", "Base of everything that kvmp raises."),
     ("ConnectError", "No server, or it refused (uid, version, engine), or the hello went wrong."),
     ("ServerLost", "The session ended, or is marked lost until a ping is answered; nothing was asked for."),
-    ("BoundExceeded", "A call passed its bound, which marks the session lost, or found no room for one more request."),
+    ("BoundExceeded", "A call passed its bound, which marks the session lost until a ping is answered."),
+    ("Busy", "No room for one more request now: nothing was asked and nothing is lost; ask again later."),
     ("ProtocolError", "The other side sent what the protocol does not allow."),
     ("NamespaceError", "A namespace spec, digest or part layout was refused, or no more namespaces fit."),
     ("LeaseError", "An unknown or ended lease, another's part, or a lease of another life of the server."),
@@ -92,7 +94,8 @@ fn class_of(error: &ClientError) -> Class {
         | ClientError::Hello { .. }
         | ClientError::Refused { .. } => Class::Connect,
         ClientError::Lost(_) => Class::ServerLost,
-        ClientError::BoundExceeded { .. } | ClientError::Busy { .. } => Class::BoundExceeded,
+        ClientError::BoundExceeded { .. } => Class::BoundExceeded,
+        ClientError::Busy { .. } => Class::Busy,
         ClientError::Protocol(_) => Class::Protocol,
         ClientError::Namespace(_) => Class::Namespace,
         ClientError::Lease { .. } | ClientError::Epoch { .. } => Class::Lease,

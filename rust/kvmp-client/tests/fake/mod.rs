@@ -1,11 +1,12 @@
 //! A server that does just what a test tells it: real socket, segment and ring, answers given by hand.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 use kvmp_client::{Bound, Client, ConnectOptions};
 use kvmp_core::geometry::Geometry;
+use kvmp_core::namespace::NamespaceSpec;
 use kvmp_core::ring::{COMPLETIONS, Consumer, MappedQueue, Parking, Producer, Ring, SUBMISSIONS};
 use kvmp_core::segment::{Access, Layout, Mapping, SegmentHeader, SegmentId, TableMap};
 use kvmp_core::wire::{
@@ -24,6 +25,8 @@ pub struct Fake {
     pub submissions: Consumer<MappedQueue>,
     pub completions: Producer<MappedQueue>,
     pub socket: Option<OwnedFd>,
+    pub table: TableMap,
+    holder: File,
     _folder: tempfile::TempDir,
 }
 
@@ -52,6 +55,25 @@ fn segment() -> (File, TableMap) {
     let table = TableMap::new(Mapping::new(&file, 0, layout.table_bytes(), Access::ReadWrite).unwrap(), layout);
     table.set_header(&SegmentHeader::new(&layout, SegmentId([7; 16]), boot_id(), 0));
     (file, table)
+}
+
+/// A lock command on byte 0 of a holder file.
+fn lock(file: &File, command: libc::c_int, kind: libc::c_int) -> libc::flock {
+    // SAFETY: `flock` is plain old data; all zeroes is a value of it.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    (lock.l_type, lock.l_whence, lock.l_len) = (kind as libc::c_short, libc::SEEK_SET as libc::c_short, 1);
+    // SAFETY: the descriptor is open for the call, and `lock` is a local that the kernel may write.
+    assert_eq!(unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) }, 0);
+    lock
+}
+
+/// A holder entry as a server makes it: the file, and a descriptor of its own that has the read lock.
+fn holder(folder: &Path) -> (File, File) {
+    let path = folder.join("holder");
+    let own = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+    let sent = File::open(&path).unwrap();
+    lock(&sent, libc::F_OFD_SETLK, libc::F_RDLCK);
+    (own, sent)
 }
 
 fn welcome(table: &TableMap) -> Welcome {
@@ -83,17 +105,23 @@ impl Listener {
         format!("unix:{}", self.path.display())
     }
 
-    pub fn accept(self) -> Fake {
+    /// The connection of a client that has said hello.
+    pub fn greeted(&self) -> OwnedFd {
         let socket = rustix::net::accept(&self.socket).unwrap();
         let (hello, _) = receive::<ClientMessage>(&socket).unwrap();
         assert!(matches!(hello, ClientMessage::Hello(_)));
+        socket
+    }
+
+    pub fn accept(self) -> Fake {
+        let socket = self.greeted();
         let (segment, table) = segment();
         let memory = memfd("fake-ring", Ring::BYTES);
         let doorbell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-        let holder = memfd("fake-holder", 0);
+        let (holder, sent_holder) = holder(self.folder.path());
         let mut welcome = welcome(&table);
         (self.lie)(&mut welcome);
-        let fds = [segment.as_fd(), memory.as_fd(), doorbell.as_fd(), holder.as_fd()];
+        let fds = [segment.as_fd(), memory.as_fd(), doorbell.as_fd(), sent_holder.as_fd()];
         send(&socket, &ServerMessage::Welcome(welcome), &fds).unwrap();
         let ring = Ring::new(Mapping::new(&memory, 0, Ring::BYTES, Access::ReadWrite).unwrap());
         Fake {
@@ -101,29 +129,50 @@ impl Listener {
             completions: Producer::new(ring.queue(COMPLETIONS)),
             ring,
             socket: Some(socket),
+            table,
+            holder,
             _folder: self.folder,
         }
     }
 }
 
 impl Fake {
-    /// A client and the server's ends of its session.
+    /// A scheduler and the server's ends of its session.
     pub fn connected() -> (Client, Self) {
+        Self::connected_as(&ConnectOptions::new(Role::Scheduler))
+    }
+
+    pub fn connected_as(options: &ConnectOptions) -> (Client, Self) {
         let listener = Listener::new();
         let endpoint = listener.endpoint();
         let server = std::thread::spawn(move || listener.accept());
-        let options = ConnectOptions::new(Role::Scheduler);
-        let client = Client::connect(&endpoint, &options, &Bound::ms(GENEROUS)).unwrap();
+        let client = Client::connect(&endpoint, options, &Bound::ms(GENEROUS)).unwrap();
         (client, server.join().unwrap())
     }
 
-    /// Answers one open or join as a server that takes every spec.
+    /// Answers one open as a server that takes every spec.
     pub fn answer_open(&self) {
-        let socket = self.socket.as_ref().unwrap();
-        let (message, _) = receive::<ClientMessage>(socket).unwrap();
+        let (message, _) = receive::<ClientMessage>(self.socket.as_ref().unwrap()).unwrap();
         let ClientMessage::Open { spec } = message else { panic!("{message:?}") };
+        self.say_opened(spec);
+    }
+
+    /// Answers one join of a namespace with this spec.
+    pub fn answer_join(&self, spec: NamespaceSpec) {
+        let (message, _) = receive::<ClientMessage>(self.socket.as_ref().unwrap()).unwrap();
+        assert!(matches!(message, ClientMessage::Join { .. }), "{message:?}");
+        self.say_opened(spec);
+    }
+
+    fn say_opened(&self, spec: NamespaceSpec) {
+        let socket = self.socket.as_ref().unwrap();
         let digest = spec.digest().iter().map(|byte| format!("{byte:02x}")).collect();
         send(socket, &ServerMessage::Opened(Opened { namespace: 3, digest, spec }), &[]).unwrap();
+    }
+
+    /// Whether the client's holder entry is locked still, asked as a server asks.
+    pub fn holder_is_locked(&self) -> bool {
+        lock(&self.holder, libc::F_OFD_GETLK, libc::F_WRLCK).l_type != libc::F_UNLCK as libc::c_short
     }
 
     /// Takes the next submission; waits for it, as a client in another thread may be about to send it.

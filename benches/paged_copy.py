@@ -1,0 +1,65 @@
+"""Store and load of CPU tensors through a real server, against a plain ``copy_`` of the same bytes in the same run.
+
+``python benches/paged_copy.py [--gib 1]``. The mapping is populated: each kind is run once before it is timed.
+"""
+
+import argparse
+import json
+import os
+import secrets
+import time
+
+import numpy as np
+import torch
+
+import kvmp
+from kvmp.client import Client
+from kvmp.namespace import GroupSpec, NamespaceSpec, PartSpec
+from kvmp.paged import PagedKV
+
+BLOCK_BYTES = 2 << 20
+ROUNDS = 3
+
+
+def best_gbs(bytes_moved, work):
+    """GB/s of the fastest of a few rounds, after one that is not timed."""
+    seconds = []
+    for _ in range(ROUNDS + 1):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return bytes_moved / min(seconds[1:]) / 1e9
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gib", type=float, default=1.0, help="bytes of KV to move, GiB")
+    gib = parser.parse_args().gib
+    count = int(gib * (1 << 30)) // BLOCK_BYTES
+    cache, other = torch.ones(count, BLOCK_BYTES // 4), torch.zeros(count, BLOCK_BYTES // 4)
+    kv, ids = PagedKV({"layer": cache}), np.arange(count)
+    with kvmp.launch(f"{int(gib * 2560) + 256}MiB") as server, Client.connect(server.endpoint) as scheduler:
+        while scheduler.stats()["warming"]:
+            time.sleep(0.01)
+        part = PartSpec(bytes=(kv.block_bytes,), layout=kv.layout())
+        ns = scheduler.open(NamespaceSpec(model="bench", facts={}, groups=(GroupSpec(block_tokens=16),), parts=(part,)))
+        worker = Client.connect(server.endpoint, role="worker", engine_token=scheduler.engine_token, part=0)
+        with worker:
+            joined = worker.join(ns.id, ns.digest, json.dumps(kv.layout()))
+            lease = scheduler.reserve(
+                ns, np.frombuffer(secrets.token_bytes(32 * count), np.uint8).reshape(-1, 32), first_block=0
+            )
+            assert not lease.answers.any(), "a grant was refused: one engine may be writing half the arena at most"
+            slots, words = lease.slots, lease.words
+            table = {
+                "plain copy_": best_gbs(count * BLOCK_BYTES, lambda: other.copy_(cache)),
+                "store": best_gbs(count * BLOCK_BYTES, lambda: kv.store(worker, joined, ids, slots)),
+                "load": best_gbs(count * BLOCK_BYTES, lambda: kv.load(worker, joined, ids, slots, words)),
+            }
+    print(f"{count} blocks of {BLOCK_BYTES >> 20} MiB, load average {os.getloadavg()[0]:.1f}")
+    for name, speed in table.items():
+        print(f"{name:12} {speed:6.2f} GB/s  {speed / table['plain copy_']:.2f} x copy_")
+
+
+if __name__ == "__main__":
+    main()
