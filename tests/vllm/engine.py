@@ -31,8 +31,7 @@ class Engine:
 
         self.server = server
         monkeypatch.setattr("kvmp.paged.PagedKV", fakes.FakePaged)
-        monkeypatch.setattr("kvmp.vllm.link._client_connect", server.connect)
-        monkeypatch.setattr("kvmp.vllm.joined._client_connect", server.connect)
+        monkeypatch.setattr("kvmp.vllm.connecting.client_connect", server.connect)
         monkeypatch.setattr(compat, "kernel_packing", lambda config, spec: "test")
         self.config = fakes.engine_config(str(folder), tp=ranks, extra=extra, role=role)
         cache = fakes.cache_config(num_blocks)
