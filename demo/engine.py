@@ -101,9 +101,7 @@ class Engine:
     ) -> Pending:
         """Start a request with greedy sampling; any number may be under way. ``adapter``: folder of a LoRA adapter."""
         request = f"request-{next(self._numbers)}"
-        answer = self._ask(
-            "submit", request=request, prompt=prompt, max_tokens=max_tokens, salt=salt, adapter=adapter
-        )
+        answer = self._ask("submit", request=request, prompt=prompt, max_tokens=max_tokens, salt=salt, adapter=adapter)
         return Pending(request, answer)
 
     def generate(self, prompts: list[list[int]], max_tokens: int = 16) -> list[Output]:

@@ -23,9 +23,7 @@ Tight = tuple[kvmp.Server, Engine]
 @pytest.fixture(scope="module")
 def tight(start_engine: StartEngine) -> Iterator[Tight]:
     with kvmp.launch("64MiB") as server:
-        engine = start_engine(
-            endpoint=server.endpoint, dtype="bfloat16", kv_blocks=KV_BLOCKS, max_model_len=MAX_TOKENS
-        )
+        engine = start_engine(endpoint=server.endpoint, dtype="bfloat16", kv_blocks=KV_BLOCKS, max_model_len=MAX_TOKENS)
         yield server, engine.wait_up()
 
 
@@ -86,10 +84,10 @@ def test_abort_of_a_request_that_still_waits_for_room(tight: Tight) -> None:
     prompt = random_prompt("waits", MAX_TOKENS - 2)
     ready = stats(server)["blocks_ready"]
     engine.generate([prompt], 1)
-    await_blocks(server, ready + len(prompt) // BLOCK)
+    await_blocks(server, ready + KV_BLOCKS // 2)  # stores pin half of the engine's blocks, no more
     forget(engine)
     loaded, generated = loaded_tokens(engine), engine.counters()["generation_tokens"]
-    running = engine.submit(random_prompt("runs", 2 * BLOCK + 1), 1_900)
+    running = engine.submit(random_prompt("runs", MAX_TOKENS // 2 + 1), 1_000)
     until(lambda: engine.counters()["generation_tokens"] > generated, "the first request runs")
     waiting = engine.submit(prompt, NEW_TOKENS)
     until(lambda: stats(server)["read_leases"], "the second request's lookup answered")

@@ -7,6 +7,7 @@ from engine import PROMPT, stored, until
 
 from kvmp.vllm.worker import WorkerSide
 
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_second_engine_loads_what_the_first_stored(make, server, ranks):
     first = make(ranks=ranks)

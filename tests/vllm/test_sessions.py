@@ -113,6 +113,23 @@ def test_a_worker_joins_before_its_first_copy_and_leaves_with_its_scheduler(make
     until(moved, "the worker left the old session and joined the new one")
 
 
+def test_a_worker_leaves_with_its_scheduler_even_when_it_can_join_no_other_session(make, server):
+    engine = make()
+    follow(engine)
+    membership = membership_of(engine)
+    until(lambda: membership.joined, "joined early")
+    first = client_of(server, engine)
+    server.closed_parts = {(token, 0) for token in range(first.engine_token + 1, 10_000)}
+    engine.side._link.renew(frozenset({first.engine_token}))
+
+    def left():
+        follow(engine)
+        return first.closed
+
+    until(left, "the worker left the old session")
+    assert not membership.joined
+
+
 def test_no_step_without_a_session_makes_a_worker_leave(make, server):
     engine = make()
     stored(engine)

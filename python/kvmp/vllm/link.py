@@ -317,4 +317,3 @@ class Link:
             return None
         self._adapters[adapter] = digest
         return digest
-

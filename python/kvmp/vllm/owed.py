@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from typing import Any
 
@@ -38,8 +39,7 @@ class Owed:
             KvmpError: the server cannot be told now.
         """
         for job in [job for job in self._jobs if job.session == session]:
-            try:
+            # Where the server knows of no such lease, nothing of it is open.
+            with contextlib.suppress(errors.LeaseError, errors.InvalidInput):
                 client.abort(job.lease_id, job.slots, job.words, timeout_ms=self._timeout_ms)
-            except (errors.LeaseError, errors.InvalidInput):
-                pass  # The server knows of no such lease: nothing of it is open.
             self._jobs.remove(job)

@@ -228,9 +228,7 @@ class Stores:
         key = (refusal.session, refusal.namespace)
         if key not in self._refused:
             self._refused = {known for known in self._refused if known[0] == refusal.session} | {key}
-            self._logger.warning(
-                "kvmp: storing is off in this session: the server refuses a worker: %s", refusal.text
-            )
+            self._logger.warning("kvmp: storing is off in this session: the server refuses a worker: %s", refusal.text)
 
     def _end(self, job_id: int, copying: _Copying) -> None:
         del self._copying[job_id]

@@ -59,7 +59,7 @@ class WorkerSide:
         self._part = pp_rank * self._vllm_config.parallel_config.tensor_parallel_size + tp_rank
         self._paged = PagedKV(kv_caches, num_blocks=self._kv_cache_config.num_blocks)
         layout = canonical({**self._paged.layout(), "layers": self._layer_facts()})
-        # The layout of a large model alone would overflow the namespace's entry in the segment: its digest stands there.
+        # A large model's layout would overflow the namespace's entry in the segment: its digest stands there.
         self._layout_json = canonical(layout_digest(layout))
         self._logger.debug("kvmp: layout of part %d, of digest %s: %s", self._part, self._layout_json, layout)
 
