@@ -96,10 +96,12 @@ class Engine:
 
     # ---- requests
 
-    def submit(self, prompt: list[int], max_tokens: int = 16, *, salt: str | None = None) -> Pending:
-        """Start a request with greedy sampling; any number may be under way."""
+    def submit(
+        self, prompt: list[int], max_tokens: int = 16, *, salt: str | None = None, adapter: str | None = None
+    ) -> Pending:
+        """Start a request with greedy sampling; any number may be under way. ``adapter``: folder of a LoRA adapter."""
         request = f"request-{next(self._numbers)}"
-        answer = self._ask("submit", request=request, prompt=prompt, max_tokens=max_tokens, salt=salt)
+        answer = self._ask("submit", request=request, prompt=prompt, max_tokens=max_tokens, salt=salt, adapter=adapter)
         return Pending(request, answer)
 
     def generate(self, prompts: list[list[int]], max_tokens: int = 16) -> list[Output]:

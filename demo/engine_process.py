@@ -30,6 +30,7 @@ class EngineProcess:
         self._engine = AsyncLLM.from_engine_args(args, stat_loggers=[ConnectorCounters])
         self._answers = answers
         self._requests: dict[str, asyncio.Task[None]] = {}
+        self._adapters: dict[str, int] = {}
         self._commands = {
             "submit": self._submit,
             "abort": self._abort,
@@ -56,12 +57,12 @@ class EngineProcess:
         self._say({"id": number, **answer})
 
     async def _submit(
-        self, request: str, prompt: list[int], max_tokens: int, salt: str | None = None
+        self, request: str, prompt: list[int], max_tokens: int, salt: str | None = None, adapter: str | None = None
     ) -> dict[str, Any]:
         self._requests[request] = asyncio.current_task()
         started, first_at, output = time.perf_counter(), None, None
         with suppress(asyncio.CancelledError):
-            async for partial in self._generate(request, prompt, max_tokens, salt):
+            async for partial in self._generate(request, prompt, max_tokens, salt, adapter):
                 output, first_at = partial, first_at or time.perf_counter()
         return {
             "tokens": list(output.outputs[0].token_ids) if output else [],
@@ -70,12 +71,23 @@ class EngineProcess:
             "finish": (output.outputs[0].finish_reason if output else None) or "abort",
         }
 
-    def _generate(self, request: str, prompt: list[int], max_tokens: int, salt: str | None) -> AsyncIterator[Any]:
+    def _generate(
+        self, request: str, prompt: list[int], max_tokens: int, salt: str | None, adapter: str | None
+    ) -> AsyncIterator[Any]:
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
         inputs = {"prompt_token_ids": prompt} | ({"cache_salt": salt} if salt else {})
-        return self._engine.generate(inputs, params, request)
+        return self._engine.generate(inputs, params, request, lora_request=self._adapter(adapter))
+
+    def _adapter(self, folder: str | None) -> Any:
+        """vLLM's name for the LoRA adapter in a folder: numbered in the order of first use."""
+        if folder is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        number = self._adapters.setdefault(folder, len(self._adapters) + 1)
+        return LoRARequest(f"adapter-{number}", number, folder)
 
     async def _abort(self, request: str) -> dict[str, Any]:
         self._requests[request].cancel()  # as vLLM's HTTP server does when its client hangs up

@@ -36,7 +36,8 @@ class PartSpec:
 
     Attributes:
         bytes: bytes of one block of each group, in the order of the groups.
-        layout: canonical strides, dtypes and per-layer specs, as JSON values: what shapes this part's bytes.
+        layout: what shapes this part's bytes, as JSON values: canonical strides, dtypes and per-layer specs, or a
+            digest of them, for a whole spec must fit an entry of 16 KiB in the segment.
     """
 
     bytes: tuple[int, ...]

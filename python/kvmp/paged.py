@@ -267,6 +267,7 @@ class PagedKV:
         *,
         group: int = 0,
         threads: int | None = None,
+        server_epoch: int | None = None,
     ) -> None:
         """Copy blocks into this client's part of slots under an open write lease; returns when all bytes are there.
 
@@ -274,15 +275,18 @@ class PagedKV:
         ----------
         block_ids, slots : integers of shape (n,); block ``block_ids[i]`` goes to slot ``slots[i]``
         threads : threads to copy with; by default as many as help
+        server_epoch : the write lease's; a client of another life of the server copies nothing
 
         Raises
         ------
         InvalidInput
             A block id or slot out of range, or a slot named twice; then no byte has moved.
+        LeaseError
+            `server_epoch` is not the client's; then no byte has moved.
         """
         ids = _numbers("block_ids", block_ids, np.int64)
         to = _numbers("slots", slots, np.uint32, ids.size)
-        client.store_blocks(self._layout, ns, group, ids, to, threads)
+        client.store_blocks(self._layout, ns, group, ids, to, threads, server_epoch)
 
     def load(
         self,

@@ -16,7 +16,10 @@ from tests.engines.harness import (
     loaded_tokens,
     random_prompt,
     stats,
+    until,
 )
+
+LASTING = random_prompt("stored before all else", 500)
 
 Pair = tuple[kvmp.Server, Engine, Engine]
 
@@ -25,7 +28,10 @@ Pair = tuple[kvmp.Server, Engine, Engine]
 def pair(start_engine: StartEngine) -> Iterator[Pair]:
     with kvmp.launch("256MiB") as server:
         engines = [start_engine(endpoint=server.endpoint) for _ in range(2)]
-        yield server, engines[0].wait_up(), engines[1].wait_up()
+        one, other = engines[0].wait_up(), engines[1].wait_up()
+        one.generate([LASTING], 1)
+        await_blocks(server, 500 // BLOCK)
+        yield server, one, other
 
 
 def test_each_finds_what_the_other_stored(pair: Pair, reference: Reference) -> None:
@@ -33,7 +39,7 @@ def test_each_finds_what_the_other_stored(pair: Pair, reference: Reference) -> N
     prompts = {one: random_prompt("of one", 300), other: random_prompt("of the other", 300)}
     for engine, prompt in prompts.items():
         engine.generate([prompt], 1)
-    await_blocks(server, 2 * (300 // BLOCK))
+    await_blocks(server, 500 // BLOCK + 2 * (300 // BLOCK))
     for engine, prompt in ((one, prompts[other]), (other, prompts[one])):
         before = loaded_tokens(engine)
         (output,) = engine.generate([prompt], NEW_TOKENS)
@@ -56,14 +62,33 @@ def test_both_at_the_same_prompts_at_the_same_time(pair: Pair, reference: Refere
     assert stats(server)["protocol_errors"] == 0
 
 
-def test_an_engine_that_is_killed_costs_the_other_nothing(pair: Pair, reference: Reference) -> None:
+def test_a_reset_engine_finds_nothing_of_before_and_others_do(pair: Pair, reference: Reference) -> None:
     server, one, other = pair
-    prompt = random_prompt("of the killed", 500)
-    one.generate([prompt], 1)
-    await_blocks(server, 500 // BLOCK)
+    until(lambda: one.reset(connector=True), "the first engine reset, nothing pinned any more")
+    forget(other)
+    before = {engine: loaded_tokens(engine) for engine in (one, other)}
+    ready = stats(server)["blocks_ready"]
+    (output,) = one.generate([LASTING], NEW_TOKENS)
+    assert output.cached_tokens == 0
+    assert output.tokens == reference.tokens(LASTING)
+    # It goes on storing, where nobody else looks.
+    await_blocks(server, ready + 500 // BLOCK)
+    (output,) = other.generate([LASTING], NEW_TOKENS)
+    assert output.tokens == reference.tokens(LASTING)
+    assert loaded_tokens(other) - before[other] == 500 // BLOCK * BLOCK
+    forget(one)
+    (output,) = one.generate([LASTING], NEW_TOKENS)
+    assert output.tokens == reference.tokens(LASTING)
+    assert loaded_tokens(one) - before[one] == 500 // BLOCK * BLOCK
+
+
+def test_an_engine_that_is_killed_costs_the_other_nothing(pair: Pair, reference: Reference) -> None:
+    """What it stored stays, also what it stored before it was reset."""
+    _server, one, other = pair
+    forget(other)
     pending = one.submit(random_prompt("cut off", 2_000), 500)
     one.kill()
     assert pending.done()
-    (output,) = other.generate([prompt], NEW_TOKENS)
-    assert output.tokens == reference.tokens(prompt)
+    (output,) = other.generate([LASTING], NEW_TOKENS)
+    assert output.tokens == reference.tokens(LASTING)
     assert output.cached_tokens == 500 // BLOCK * BLOCK

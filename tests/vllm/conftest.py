@@ -58,3 +58,26 @@ def caplog_vllm():
     logger.addHandler(handler)
     yield Caught(handler)
     logger.removeHandler(handler)
+
+
+@pytest.fixture
+def server():
+    import fakes
+
+    return fakes.FakeServer()
+
+
+@pytest.fixture
+def make(server, tmp_path, monkeypatch):
+    """Builds engines on the fake server, and closes them."""
+    from engine import Engine
+
+    engines = []
+
+    def build(**kwargs):
+        engines.append(Engine(server, tmp_path, monkeypatch, **kwargs))
+        return engines[-1]
+
+    yield build
+    for engine in engines:
+        engine.close()

@@ -11,6 +11,7 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 WATCHDOG_S = 10.0
+PROMPT = list(range(18))  # four full blocks and a half
 
 
 def until(condition, what: str) -> None:
@@ -31,8 +32,7 @@ class Engine:
 
         self.server = server
         monkeypatch.setattr("kvmp.paged.PagedKV", fakes.FakePaged)
-        monkeypatch.setattr("kvmp.vllm.link._client_connect", server.connect)
-        monkeypatch.setattr("kvmp.vllm.joined._client_connect", server.connect)
+        monkeypatch.setattr("kvmp.vllm.connecting.client_connect", server.connect)
         monkeypatch.setattr(compat, "kernel_packing", lambda config, spec: "test")
         self.config = fakes.engine_config(str(folder), tp=ranks, extra=extra, role=role)
         cache = fakes.cache_config(num_blocks)
@@ -131,3 +131,14 @@ class Engine:
     def close(self):
         for part in (self.scheduler, *self.workers):
             part.shutdown()
+
+
+def stored(engine, req_id="first", table=(1, 2, 3, 4, 5), tokens=PROMPT):
+    """A request that found nothing, computed and put up for storing; its stores have ended."""
+    req = fakes.request(req_id, tokens)
+    engine.scheduler.on_new_request(req)
+    assert engine.ask(req) == (0, False)
+    engine.scheduler.update_state_after_alloc(req, fakes.blocks_of(list(table)), 0)
+    engine.prefill(req, list(table))
+    engine.drain()
+    return req

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from kvmp.client import Answer
-from kvmp.errors import BoundExceeded, KvmpError, NamespaceError, ServerLost
+from kvmp.errors import BoundExceeded, Busy, ConnectError, LeaseError, NamespaceError, ServerLost
 
 BLOCK = 4  # tokens a block
 
@@ -33,6 +33,12 @@ class FakeServer:
         self.silent = False  # answers nothing
         self.gone = False  # refuses and hangs up
         self.late = set()  # verbs that miss their bound
+        self.busy = set()  # verbs for which there is no room
+        self.closed_parts = set()  # (engine token, part) that nobody may join for any more
+        self.refused_adapters = 0  # namespaces of adapters refused
+        self.refuse_adapters = False
+        self.unknown_leases = set()
+        self.clients = []
         self.released = 0
         self.leases = 0
         self.aborted = 0
@@ -41,7 +47,9 @@ class FakeServer:
 
     def connect(self, endpoint, *, role, engine_token=None, part=None, socket_dir=None, timeout_ms=1000):
         if self.gone:
-            raise KvmpError(f"nobody listens at {endpoint}")
+            raise ConnectError(f"nobody listens at {endpoint}")
+        if role == "worker" and (engine_token, part) in self.closed_parts:
+            raise ConnectError(f"{endpoint} refused: engine {engine_token:016x} cannot be joined: its part was closed")
         return FakeClient(self, engine_token if role == "worker" else next(self.tokens), part)
 
     def grant(self, digest: str, key: bytes) -> tuple[int, int]:
@@ -58,16 +66,22 @@ class FakeClient:
         self.endpoint, self.closed, self.waited_us = "unix:/fake", False, 0
         self.missed = False
         self.joins: list[str] = []
+        self.hung_up = False
+        server.clients.append(self)
 
     @property
     def lost(self):
-        return self.missed or self.server.gone or self.server.epoch != self.server_epoch
+        return self.missed or self.hung_up or self.server.gone or self.server.epoch != self.server_epoch
 
     def _answer(self, verb):
         if verb in self.server.late:
             self.missed = True
             raise BoundExceeded(f"no answer to a {verb}")
         self._alive()
+
+    def _has_room(self, verb):
+        if verb in self.server.busy:
+            raise Busy(f"no room for a {verb}")
 
     def _alive(self):
         if self.lost:
@@ -82,6 +96,9 @@ class FakeClient:
 
     def open(self, spec, timeout_ms=1000):
         self._alive()
+        if self.server.refuse_adapters and "adapter_sha256" in spec.facts:
+            self.server.refused_adapters += 1
+            raise NamespaceError("the namespace table is full")
         digest = spec.digest()
         if digest not in self.server.digests:
             self.server.digests.append(digest)
@@ -98,10 +115,12 @@ class FakeClient:
 
     def submit_lookup(self, ns, hashes):
         self._alive()
+        self._has_room("lookup")
         return Pending(self.server, lambda: ReadLease(self.server, ns.digest, hashes))
 
     def submit_reserve(self, ns, hashes, *, first_block, parent=None, group=0):
         self._alive()
+        self._has_room("reserve")
         assert (parent is None) == (first_block == 0)
         self.server.reserves.append((first_block, len(hashes)))
         return Pending(self.server, lambda: WriteLease(self.server, ns.digest, hashes, parent))
@@ -117,7 +136,9 @@ class FakeClient:
         return len(slots)
 
     def abort(self, lease_id, slots, words, timeout_ms=100):
-        self._alive()
+        self._answer("abort")
+        if lease_id in self.server.unknown_leases:
+            raise LeaseError("no such lease")
         self.server.aborted += len(slots)
         return len(slots)
 

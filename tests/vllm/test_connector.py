@@ -3,39 +3,9 @@
 import fakes
 import pytest
 import torch
-from engine import Engine, until
+from engine import PROMPT, stored, until
 
 from kvmp.vllm.worker import WorkerSide
-
-PROMPT = list(range(18))  # four full blocks and a half
-
-
-@pytest.fixture
-def server():
-    return fakes.FakeServer()
-
-
-@pytest.fixture
-def make(server, tmp_path, monkeypatch):
-    engines = []
-
-    def build(**kwargs):
-        engines.append(Engine(server, tmp_path, monkeypatch, **kwargs))
-        return engines[-1]
-
-    yield build
-    for engine in engines:
-        engine.close()
-
-
-def stored(engine, req_id="first", table=(1, 2, 3, 4, 5), tokens=PROMPT):
-    req = fakes.request(req_id, tokens)
-    engine.scheduler.on_new_request(req)
-    assert engine.ask(req) == (0, False)
-    engine.scheduler.update_state_after_alloc(req, fakes.blocks_of(list(table)), 0)
-    engine.prefill(req, list(table))
-    engine.drain()
-    return req
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -124,6 +94,20 @@ def test_worker_that_cannot_join_reports_failure(make, server):
     server.gone = True
     assert not second.load(req, [11, 12, 13, 14, 15], 16)
     second.drain()
+
+
+def test_blocks_that_one_rank_did_not_load_are_remembered_until_the_load_ends(make, server):
+    """vLLM 0.29 says at once which blocks a rank did not load, and only later that the other rank has ended too."""
+    stored(make(ranks=2))
+    second = make(ranks=2)
+    req = fakes.request("again", PROMPT)
+    assert second.ask(req) == (16, True)
+    second.scheduler.update_state_after_alloc(req, fakes.blocks_of([11, 12, 13, 14, 15]), 16)
+    second.scheduler.update_connector_output(fakes.output(invalid={12}))
+    assert second.scheduler.has_pending_push_work()
+    second.scheduler.update_connector_output(fakes.output(recv={"again"}))
+    assert second.count("failed_load_blocks") == 4
+    assert second.ask(req) == (0, False)
 
 
 def test_load_of_an_aborted_request_is_still_reported(make):

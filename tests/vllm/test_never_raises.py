@@ -4,14 +4,13 @@ import inspect
 
 import fakes
 import pytest
-from engine import Engine, until
+from engine import PROMPT, Engine, until
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from kvmp.errors import BoundExceeded, ServerLost
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
-PROMPT = list(range(18))
 TABLE = [1, 2, 3, 4, 5]
 
 
@@ -123,11 +122,6 @@ SANE = {
 
 def check(name, result):
     assert SANE.get(name, lambda result: True)(result), (name, result)
-
-
-@pytest.fixture
-def server():
-    return fakes.FakeServer()
 
 
 def test_the_reflection_finds_the_hooks():

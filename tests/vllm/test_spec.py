@@ -1,13 +1,19 @@
 """Identity: equal engines agree, and every fact that shapes bytes separates."""
 
+import json
+import logging
 import os
 
 import fakes
 import pytest
+import torch
 
 from kvmp.vllm import compat, spec
 from kvmp.vllm.metadata import PartMeta
+from kvmp.vllm.options import parse_options
+from kvmp.vllm.stats import KvmpStats
 from kvmp.vllm.weights import adapter_digest, local_weights_digest
+from kvmp.vllm.worker import WorkerSide
 
 
 @pytest.fixture
@@ -89,6 +95,9 @@ def test_parts_must_be_complete_and_in_place(model):
         spec.ordered_parts(parts(1), config)
     with pytest.raises(spec.SpecRefusedError, match="2 workers"):
         spec.ordered_parts({}, config)
+    # A worker that failed while it described itself gives none.
+    with pytest.raises(spec.SpecRefusedError, match=r"log of the worker at part 1 has the cause"):
+        spec.ordered_parts({(0, 0): PartMeta(0, 64), (0, 1): None}, config)
     swapped = {(0, 0): PartMeta(1, 64), (0, 1): PartMeta(0, 64)}
     with pytest.raises(spec.SpecRefusedError, match="says it is part 1"):
         spec.ordered_parts(swapped, config)
@@ -131,3 +140,22 @@ def test_context_parallel_engines_are_refused(model):
     assert compat.unsupported_parallel(config) is None
     config.parallel_config.prefill_context_parallel_size = 2
     assert "prefill_context_parallel_size is 2" in compat.unsupported_parallel(config)
+
+
+def test_a_large_model_fits_a_namespace_entry(model, monkeypatch):
+    """80 layers, 8 ranks: a layout alone would be larger than the 16 KiB that the segment has for a whole spec."""
+    monkeypatch.setattr(compat, "kernel_packing", lambda config, spec: "vec")
+    config, cache = fakes.engine_config(str(model), tp=8), fakes.cache_config(8)
+    given = {}
+    for rank in range(8):
+        monkeypatch.setattr(compat, "rank_in_engine", lambda rank=rank: (0, rank))
+        side = WorkerSide(config, cache, parse_options({}, {}), logging.getLogger("test"), KvmpStats())
+        side.register({f"model.layers.{i}.self_attn.attn": torch.zeros((8, 2, 4, 32)) for i in range(80)})
+        given[0, rank] = side.part()
+        assert given[0, rank].block_bytes == 80 * 2 * 4 * 32 * 4
+    built = spec.build_spec(config, fakes.BLOCK, spec.ordered_parts(given, config))
+    assert len(json.dumps(json.loads(built.to_json()), sort_keys=True)) < 16_320
+    # What stands for the layout tells it apart all the same.
+    side.register({f"model.layers.{i}.self_attn.attn": torch.zeros((8, 4, 2, 32)) for i in range(80)})
+    other = {**given, (0, 7): side.part()}
+    assert digest(config, other) != digest(config, given)

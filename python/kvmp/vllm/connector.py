@@ -79,7 +79,7 @@ class KvmpConnector(KVConnectorBase_V1):
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
-        """No wish: CPU attention has one layout only."""
+        """No wish so far: only CPU tensors are copied, and their attention takes what vLLM gives it by default."""
         return None
 
     # Worker side.

@@ -2,10 +2,14 @@
 
 queued -> copying -> checked -> done | failed              a load
 queued -> copying -> committed | aborted | not begun       a store
+
+Between two jobs no copy runs: there the thread leaves sessions that its scheduler has left or whose server is gone,
+joins the scheduler's new one, and pays what is owed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -16,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from kvmp.vllm.joined import Membership, NotJoinedError, RefusedError
-from kvmp.vllm.metadata import LoadJob, StoreJob
+from kvmp.vllm.joined import LeftError, Membership, NotJoinedError, RefusedError
+from kvmp.vllm.metadata import LoadJob, NamespaceRef, Refusal, SessionRef, StoreJob
+from kvmp.vllm.owed import Owed
 from kvmp.vllm.stats import KvmpStats
 
 # Tests only: sleeps this long after each block, so that a test can act while a copy is part done. Milliseconds.
@@ -27,9 +32,9 @@ _WAITING_BYTES = 1 << 30
 _COMMIT_MS = 1000
 # An idle worker sees a hang-up at the latest this much later. Seconds.
 _WATCH_S = 0.2
-# Stores given up while the server could not be told, at most.
-_OWED = 4096
 _STOP_S = 5.0
+# After a fault of its own the thread goes on this much later. Seconds.
+_PAUSE_S = 0.05
 
 
 @dataclass
@@ -41,14 +46,16 @@ class Ended:
         failed: those of them that failed.
         failed_blocks: their engine blocks.
         stored: job id -> blocks committed.
-        refusal: why the server refuses this worker, empty when it does not.
+        refusals: where the server refuses this worker.
+        closed: engine tokens with which this worker cannot go on.
     """
 
     loaded: set[str] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)
     failed_blocks: set[int] = field(default_factory=set)
     stored: dict[int, int] = field(default_factory=dict)
-    refusal: str = ""
+    refusals: set[Refusal] = field(default_factory=set)
+    closed: set[int] = field(default_factory=set)
 
 
 class Copier:
@@ -72,7 +79,9 @@ class Copier:
         self._cancelled: set[str] = set()
         self._void_below = 0
         self._waiting_bytes = 0
-        self._owed: deque[StoreJob] = deque(maxlen=_OWED)
+        self._owed = Owed(membership, _COMMIT_MS)
+        self._followed: tuple[SessionRef, NamespaceRef | None] | None = None
+        self._news = False
         self._ended = Ended()
         self._stopping = False
         self._seen: set[str] = set()
@@ -97,6 +106,13 @@ class Copier:
             self._stores.append((job, fits))
             self._condition.notify()
 
+    def follow(self, session: SessionRef, namespace: NamespaceRef | None) -> None:
+        """The scheduler's session now, and its namespace of plain requests."""
+        with self._condition:
+            if self._followed != (session, namespace):
+                self._followed, self._news = (session, namespace), True
+                self._condition.notify()
+
     def cancel(self, req_ids: frozenset[str], void_below: int) -> None:
         """Cuts these loads short, and has no store with a smaller job id committed."""
         with self._condition:
@@ -119,37 +135,87 @@ class Copier:
     # The copy thread.
 
     def _run(self) -> None:
-        while (job := self._next()) is not None:
-            if isinstance(job, LoadJob):
-                self._run_load(job)
-            else:
-                self._run_store(*job)
+        while not self._stopping:
+            try:
+                self._turn()
+            except BaseException as error:  # The thread ends with its engine, not before: jobs would hang.
+                with contextlib.suppress(BaseException):
+                    self._note("the copy thread failed", error)
+                with self._condition:
+                    self._condition.wait_for(lambda: self._stopping, _PAUSE_S)
         self._membership.close()
 
-    def _next(self) -> LoadJob | tuple[StoreJob, bool] | None:
-        while not self._await_work():
-            self._membership.watch()
+    def _turn(self) -> None:
+        """One job, or what is to be done while there is none."""
+        self._await_work()
+        if self._stopping:
+            return
+        try:
+            self._tend()
+        except BaseException as error:  # The jobs are run all the same, each by its own luck.
+            self._note("looking after the session failed", error)
+        job = self._next()
+        if isinstance(job, LoadJob):
+            self._run_load(job)
+        elif job is not None:
+            self._run_store(*job)
+
+    def _await_work(self) -> None:
+        """Returns when there is some, or after a while in which a server may have gone."""
+        wait_s = _WATCH_S if self._membership.joined or self._owed else None
         with self._condition:
-            if self._stopping:
-                return None
+            self._condition.wait_for(lambda: self._stopping or self._news or self._loads or self._stores, wait_s)
+
+    def _next(self) -> LoadJob | tuple[StoreJob, bool] | None:
+        with self._condition:
             if self._loads:
                 return self._loads.popleft()
+            if not self._stores:
+                return None
             job, fits = self._stores.popleft()
             self._waiting_bytes -= len(job.block_ids) * self._block_bytes
             return job, fits
 
-    def _await_work(self) -> bool:
-        """False when there was none for a while."""
-        wait_s = _WATCH_S if self._membership.joined else None
+    def _tend(self) -> None:
         with self._condition:
-            return bool(self._condition.wait_for(lambda: self._stopping or self._loads or self._stores, wait_s))
+            followed, news, self._news = self._followed, self._news, False
+        try:
+            self._membership.watch()
+            if followed is not None and news:
+                self._join_early(*followed)
+            self._owed.drop_left()
+            self._pay_owed()
+        finally:
+            closed = self._membership.take_closed()
+            with self._condition:
+                self._ended.closed |= closed
+
+    def _join_early(self, session: SessionRef, namespace: NamespaceRef | None) -> None:
+        self._membership.follow(session)
+        try:
+            self._membership.join(session, namespace)
+        except RefusedError as refused:
+            with self._condition:
+                self._ended.refusals.add(Refusal(session, namespace, str(refused)))
+        except NotJoinedError as error:
+            # The first job tries again, and says so if it fails.
+            self._logger.debug("kvmp: not joined yet: %s", error)
+
+    def _pay_owed(self) -> None:
+        session = self._membership.session
+        if self._owed and session is not None and not self._membership.lost:
+            self._owed.pay(self._membership.client, session)
 
     def _run_load(self, job: LoadJob) -> None:
+        good = False
         try:
             good = self._load(job)
-        except BaseException as error:  # A job that is never reported would hang its request.
-            good = False
+        except BaseException as error:
             self._note("a load failed", error)
+        finally:  # A job that is never reported would hang its request.
+            self._report_load(job, good)
+
+    def _report_load(self, job: LoadJob, good: bool) -> None:
         with self._condition:
             self._unended_loads.discard(job.req_id)
             self._cancelled.discard(job.req_id)
@@ -171,34 +237,41 @@ class Copier:
         return job.req_id not in self._cancelled
 
     def _run_store(self, job: StoreJob, fits: bool) -> None:
-        committed, refusal = 0, ""
+        committed, refusals = 0, set()
         try:
             committed = self._store(job, fits)
         except RefusedError as refused:
-            refusal = str(refused)
-        except BaseException as error:  # A job that is never reported would keep its blocks pinned.
+            refusals.add(Refusal(job.session, job.namespace, str(refused)))
+        except BaseException as error:
             self._note("a store failed", error)
-        with self._condition:
-            self._ended.stored[job.job_id] = committed
-            self._ended.refusal = self._ended.refusal or refusal
+        finally:  # A job that is never reported would keep its blocks pinned.
+            closed = self._membership.take_closed()
+            with self._condition:
+                self._ended.stored[job.job_id] = committed
+                self._ended.refusals |= refusals
+                self._ended.closed |= closed
 
     def _store(self, job: StoreJob, fits: bool) -> int:
         """Blocks committed. Whatever is not committed is aborted, now or as soon as the server can be told."""
         try:
             client, namespace = self._membership.for_store(job.session, job.namespace)
-        except NotJoinedError:
-            self._owed.append(job)
-            raise
-        self._pay_owed(client, job)
-        if not fits or self._is_void(job) or not self._copied(client, namespace, job) or self._is_void(job):
+            self._owed.pay(client, job.session)
+            if fits and not self._is_void(job) and self._copied(client, namespace, job) and not self._is_void(job):
+                return client.commit(job.lease_id, job.slots, job.words, timeout_ms=_COMMIT_MS)
             client.abort(job.lease_id, job.slots, job.words, timeout_ms=_COMMIT_MS)
             return 0
-        return client.commit(job.lease_id, job.slots, job.words, timeout_ms=_COMMIT_MS)
+        except LeftError:
+            raise  # The server closes the parts of a session that was left.
+        except BaseException:
+            self._owed.add(job)
+            raise
 
     def _copied(self, client: Any, namespace: Any, job: StoreJob) -> bool:
         try:
             for at in self._pieces(len(job.block_ids)):
-                self._paged.store(client, namespace, job.block_ids[at], job.slots[at])
+                self._paged.store(
+                    client, namespace, job.block_ids[at], job.slots[at], server_epoch=job.session.server_epoch
+                )
         except BaseException as error:
             self._note("a copy failed", error)
             return False
@@ -206,13 +279,6 @@ class Copier:
 
     def _is_void(self, job: StoreJob) -> bool:
         return job.job_id < self._void_below
-
-    def _pay_owed(self, client: Any, job: StoreJob) -> None:
-        """Aborts what could not be aborted when it was given up; leases of another session died with it."""
-        while self._owed:
-            other = self._owed.popleft()
-            if other.session == job.session:
-                client.abort(other.lease_id, other.slots, other.words, timeout_ms=_COMMIT_MS)
 
     def _pieces(self, blocks: int):
         if not self._slow_s:

@@ -1,22 +1,37 @@
-"""A worker's membership in its scheduler's session: joined before its first copy, anew when the session changes."""
+"""A worker's membership in its scheduler's session.
+
+followed -> joined -> left: a session that was left, by whatever cause, is never joined again. From then on the server
+takes it that no copy of this part is running, and may grant its slots anew.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from kvmp import errors
+from kvmp.vllm import connecting
 from kvmp.vllm.metadata import NamespaceRef, SessionRef
 
 _JOIN_MS = 1000
 _PING_MS = 100
 # After a failure the jobs behind it fail at once; a worker tries again this much later. Seconds.
 _AGAIN_S = 1.0
+# Sessions left that are remembered; no job waits in the queue for so many changes of the session.
+_LEFT = 1024
+# What a server says of an engine, or a part of it, that it has closed for good.
+_CLOSED = "cannot be joined"
 
 
 class NotJoinedError(Exception):
     """The server cannot be reached, or is another one by now."""
+
+
+class LeftError(NotJoinedError):
+    """The session was left or closed: its slots may be another's by now, and nothing is owed in it."""
 
 
 class RefusedError(NotJoinedError):
@@ -38,12 +53,66 @@ class Membership:
         self._part = part
         self._layout_json = layout_json
         self._socket_dir = socket_dir
-        self._connect = connect or _client_connect
+        self._connect = connect or connecting.client_connect
         self._clock = clock
+        self._followed: SessionRef | None = None
         self._session: SessionRef | None = None
         self._client: Any = None
         self._namespaces: dict[NamespaceRef, Any] = {}
         self._failed: tuple[SessionRef, float, NotJoinedError] | None = None
+        self._left: deque[SessionRef] = deque(maxlen=_LEFT)
+        self._closed: set[int] = set()
+
+    # The session in use.
+
+    def follow(self, session: SessionRef) -> None:
+        """The scheduler's session now: any other is left, so that its slots come back; no copy may be running."""
+        before, self._followed = self._followed, session
+        if before is not None and before != session:
+            self._leave(before)
+        if self._session is not None and self._session != session:
+            self._leave(self._session)
+
+    def has_left(self, session: SessionRef) -> bool:
+        """Whether no store may be made in this session any more."""
+        return session in self._left
+
+    def take_closed(self) -> frozenset[int]:
+        """Engine tokens with which this worker cannot go on; the scheduler side needs a new session."""
+        closed, self._closed = frozenset(self._closed), set()
+        return closed
+
+    @property
+    def joined(self) -> bool:
+        """Whether there is a session, alive or not."""
+        return self._client is not None
+
+    @property
+    def session(self) -> SessionRef | None:
+        """The session that is joined, None for none."""
+        return self._session
+
+    @property
+    def client(self) -> Any:
+        """The client of that session."""
+        return self._client
+
+    @property
+    def lost(self) -> bool:
+        """Whether the server of that session is gone or has missed a bound."""
+        return self._client is None or bool(self._client.lost)
+
+    # Before a copy.
+
+    def join(self, session: SessionRef, namespace: NamespaceRef | None) -> None:
+        """Joins before the first copy needs it.
+
+        Raises:
+            NotJoinedError: not now, or not in this session.
+        """
+        client = self._join_session(session)
+        if namespace is not None:
+            self._join_namespace(client, namespace)
 
     def for_store(self, session: SessionRef, namespace: NamespaceRef) -> tuple[Any, Any]:
         """(client, namespace) to store under a lease of exactly this session.
@@ -73,18 +142,10 @@ class Membership:
     def _join_session(self, session: SessionRef) -> Any:
         if self._session == session:
             return self._client
+        if self.has_left(session):
+            raise LeftError(f"the session with {session.endpoint} that this block is of was left")
         self._fail_again(session)
-        try:
-            client = self._connect(
-                session.endpoint,
-                role="worker",
-                engine_token=session.engine_token,
-                part=self._part,
-                socket_dir=self._socket_dir,
-                timeout_ms=_JOIN_MS,
-            )
-        except BaseException as error:
-            raise self._remember(session, NotJoinedError(str(error))) from error
+        client = self._connected(session)
         if client.server_epoch != session.server_epoch:
             with contextlib.suppress(BaseException):
                 client.close()
@@ -93,43 +154,29 @@ class Membership:
         self._session, self._client = session, client
         return client
 
-    def _revive(self, session: SessionRef) -> None:
-        self._fail_again(session)
-        if (error := self._ping()) is not None:
+    def _connected(self, session: SessionRef) -> Any:
+        try:
+            return self._connect(
+                session.endpoint,
+                role="worker",
+                engine_token=session.engine_token,
+                part=self._part,
+                socket_dir=self._socket_dir,
+                timeout_ms=_JOIN_MS,
+            )
+        except BaseException as error:
+            if isinstance(error, errors.ConnectError) and _CLOSED in str(error):
+                self._give_up(session)
+                raise LeftError(str(error)) from error
             raise self._remember(session, NotJoinedError(str(error))) from error
 
-    def _ping(self) -> BaseException | None:
-        """A missed bound is forgiven once a ping is answered; a hang-up is not, and the session is left."""
-        from kvmp.errors import BoundExceeded
-
-        try:
-            self._client.ping(timeout_ms=_PING_MS)
-        except BoundExceeded as error:
-            return error
-        except BaseException as error:
-            self.close()
-            return error
-        return None
-
-    @property
-    def joined(self) -> bool:
-        """Whether there is a session, alive or not."""
-        return self._client is not None
-
-    def watch(self) -> None:
-        """Leaves a server that is gone: until then its successor must take it that this worker still copies."""
-        if self._client is not None and self._client.lost:
-            self._ping()
-
     def _join_namespace(self, client: Any, namespace: NamespaceRef) -> Any:
-        from kvmp.errors import NamespaceError
-
         handle = self._namespaces.get(namespace)
         if handle is None:
             self._fail_again(self._session)
             try:
                 handle = client.join(namespace.id, namespace.digest, self._layout_json, timeout_ms=_JOIN_MS)
-            except NamespaceError as error:
+            except errors.NamespaceError as error:
                 raise self._remember(self._session, RefusedError(str(error))) from error
             except BaseException as error:
                 raise self._remember(self._session, NotJoinedError(str(error))) from error
@@ -144,15 +191,42 @@ class Membership:
         self._failed = (session, self._clock() + _AGAIN_S, error)
         return error
 
+    # A session that is in trouble.
+
+    def watch(self) -> None:
+        """Leaves a server that is gone: until then its successor must take it that this worker still copies."""
+        if self._client is None or not self.lost:
+            return
+        with contextlib.suppress(NotJoinedError):
+            self._revive(self._session)
+
+    def _revive(self, session: SessionRef) -> None:
+        """A missed bound is forgiven once a ping is answered; a hang-up is not, and the session is left."""
+        self._fail_again(session)
+        try:
+            self._client.ping(timeout_ms=_PING_MS)
+        except (errors.BoundExceeded, errors.Busy) as error:
+            raise self._remember(session, NotJoinedError(str(error))) from error
+        except BaseException as error:
+            self._give_up(session)
+            raise LeftError(str(error)) from error
+
+    def _give_up(self, session: SessionRef) -> None:
+        """Leaves a session that the scheduler may still be in."""
+        self._closed.add(session.engine_token)
+        self._leave(session)
+
+    def _leave(self, session: SessionRef) -> None:
+        if not self.has_left(session):
+            self._left.append(session)
+        if self._session == session:
+            self.close()
+
     def close(self) -> None:
         """Leaves the server; every copy must have ended."""
+        if self._session is not None and not self.has_left(self._session):
+            self._left.append(self._session)
         client, self._client, self._session, self._namespaces = self._client, None, None, {}
         if client is not None:
             with contextlib.suppress(BaseException):  # It is left behind in any case.
                 client.close()
-
-
-def _client_connect(endpoint: str, **kwargs: Any) -> Any:
-    from kvmp.client import Client
-
-    return Client.connect(endpoint, **kwargs)

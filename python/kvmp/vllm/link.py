@@ -1,6 +1,7 @@
 """The scheduler's connection, kept in the background so that no step of the engine ever waits for it.
 
 Down -> (connect, open) -> Up -> (hang-up or missed bound) -> Lost -> (ping answered) -> Up, or -> Down.
+                           Up -> (a worker cannot go on in this session) -> Down.
 
 The engine's thread only reads `namespace()` and `session`; every call that can wait is made by this module's thread.
 """
@@ -16,7 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from kvmp import errors
 from kvmp.namespace import NamespaceSpec
+from kvmp.vllm import connecting
 from kvmp.vllm.metadata import NamespaceRef, SessionRef
 from kvmp.vllm.options import Options
 from kvmp.vllm.spec import SpecRefusedError
@@ -91,7 +94,7 @@ class Link:
         self._make_spec = make_spec
         self._spec: NamespaceSpec | None = None
         self._logger = logger
-        self._connect = connect or _client_connect
+        self._connect = connect or connecting.client_connect
         self._switch_off = switch_off
         self._wake = threading.Event()
         self._lock = threading.Lock()
@@ -102,9 +105,11 @@ class Link:
         self._salt_serial = next(self._salts)
         self._up = False
         self._session: Session | None = None
+        self._closed: Session | None = None
         self._open: dict[str, OpenNamespace] = {}
         self._wanted: dict[str, Adapter | None] = {PLAIN: None}
         self._adapters: dict[Adapter, str | None] = {}
+        self._not_opened: set[Adapter] = set()
         self._thread: threading.Thread | None = None
 
     # What the engine's thread uses; none of it waits.
@@ -138,10 +143,18 @@ class Link:
             return None
         return self._open.get(key)
 
-    def mark_lost(self) -> None:
-        """A bound was missed: nobody asks the server anything until it has answered a ping."""
-        self._up = False
-        self._wake.set()
+    def mark_lost(self, session: Session) -> None:
+        """A bound was missed in this session: nobody asks the server anything until it has answered a ping."""
+        if session is self._session:
+            self._up = False
+            self._wake.set()
+
+    def renew(self, closed: frozenset[int]) -> None:
+        """Leaves the session if its engine token is among those closed to a worker; a new one is made."""
+        session = self._session
+        if session is not None and session.ref.engine_token in closed:
+            self._up, self._closed = False, session
+            self._wake.set()
 
     def new_salt(self) -> None:
         """Goes on in fresh namespaces: what is stored from now on is found only by this engine, until it ends."""
@@ -180,6 +193,9 @@ class Link:
     def _tend(self) -> bool:
         """One look at the connection; True when it is up."""
         try:
+            if self._session is not None and self._session is self._closed:
+                self._drop_session()
+                return False
             if self._session is None:
                 self._attach()
             elif not self._up or self._session.client.lost:
@@ -205,24 +221,24 @@ class Link:
         with self._lock:
             self._session = Session(client, ref)
             self._open = {}
-        self._open_wanted()
+        self._not_opened.clear()
+        # Adapters are opened later, one by one: what one of them lacks is not the others' loss.
+        self._open_one(self._session, self._spec, None)
         self._up, self._warned = True, False
         self._logger.info("kvmp: attached to %s", ref.endpoint)
 
     def _revive(self) -> None:
-        from kvmp.errors import BoundExceeded
-
         self._up = False
         try:
             self._session.client.ping(timeout_ms=self._options.timeout_ms)
-        except BoundExceeded as error:
+        except (errors.BoundExceeded, errors.Busy) as error:
             # Frozen or swamped, not gone: its session, and what it pins for us, are worth keeping.
             self._warn(error)
             return
         self._up, self._warned = True, False
 
     def _drop_session(self) -> None:
-        self._up = False
+        self._up, self._closed = False, None
         session, self._session = self._session, None
         with self._lock:
             self._open = {}
@@ -239,19 +255,36 @@ class Link:
         if self._warned:
             return
         self._warned = True
-        self._logger.warning(
-            "kvmp: no server at %s (%s); the engine runs without its cache and attaches when one comes. "
-            "Start one: kvmp serve --size 4GiB",
-            self._options.endpoint,
-            error,
-        )
+        if isinstance(error, errors.ConnectError):
+            text = (
+                "kvmp: no server at %s (%s); the engine runs without its cache and attaches when one comes. "
+                "Start one: kvmp serve --size 4GiB"
+            )
+        else:
+            text = "kvmp: %s does not serve this engine (%s); it runs without its cache, and tries again by itself"
+        self._logger.warning(text, self._options.endpoint, error)
 
     def _open_wanted(self) -> None:
         session, spec = self._session, self._spec
         if session is None or spec is None:
             return
         for adapter in list(self._wanted.values()):
+            if adapter is None:
+                self._open_one(session, spec, None)
+            elif adapter not in self._not_opened:
+                self._open_adapter(session, spec, adapter)
+
+    def _open_adapter(self, session: Session, spec: NamespaceSpec, adapter: Adapter) -> None:
+        """An adapter that the server refuses costs its own requests the cache, for this session, and nobody else's."""
+        try:
             self._open_one(session, spec, adapter)
+        except errors.NamespaceError as error:
+            self._not_opened.add(adapter)
+            self._logger.warning(
+                "kvmp: LoRA adapter %s: the server refuses its namespace (%s); its requests are not cached",
+                adapter.name,
+                error,
+            )
 
     def _open_one(self, session: Session, spec: NamespaceSpec, adapter: Adapter | None) -> None:
         key = PLAIN if adapter is None else self._adapter_key(adapter)
@@ -284,9 +317,3 @@ class Link:
             return None
         self._adapters[adapter] = digest
         return digest
-
-
-def _client_connect(endpoint: str, **kwargs: Any) -> Any:
-    from kvmp.client import Client
-
-    return Client.connect(endpoint, **kwargs)

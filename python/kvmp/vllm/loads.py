@@ -6,7 +6,7 @@ planned -> sent with the step's metadata -> ended on every rank (vLLM counts) ->
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ class _Load:
     lease: Any
     block_ids: np.ndarray
     tokens: int
+    # Blocks that some rank has said it did not load; with several ranks that comes before the load's end (vLLM 0.29).
+    invalid: set[int] = field(default_factory=set)
 
 
 class Loads:
@@ -94,12 +96,17 @@ class Loads:
         """What is being loaded is void: a reset."""
         self._cancelled.update(self._active)
 
-    def ended(self, finished: Iterable[str], failed: Iterable[str], invalid_blocks: set[int]) -> None:
+    def note_invalid(self, blocks: Iterable[int]) -> None:
+        """A rank did not load these blocks (vLLM 0.29): kept until every rank has reported the load they are of."""
+        bad = set(blocks)
+        for load in self._active.values():
+            load.invalid.update(bad.intersection(load.block_ids.tolist()))
+
+    def ended(self, finished: Iterable[str], failed: Iterable[str]) -> None:
         """Every rank has reported these requests' loads.
 
         Args:
             failed: those of them that failed (vLLM 0.30+).
-            invalid_blocks: blocks that were not loaded (vLLM 0.29).
         """
         failed = set(failed)
         for req_id in finished:
@@ -107,8 +114,7 @@ class Loads:
             if load is None:
                 continue
             self._cancelled.discard(req_id)
-            bad = req_id in failed or bool(invalid_blocks and invalid_blocks.intersection(load.block_ids.tolist()))
-            self._settle(load, bad)
+            self._settle(load, req_id in failed or bool(load.invalid))
 
     def _settle(self, load: _Load, bad: bool) -> None:
         load.state.loading = False

@@ -1,12 +1,14 @@
 """Questions to the server: sent when a request arrives, harvested when vLLM asks, never waited for.
 
 none -> pending -> answered{lease} -> handed to a load, or released; pending -> given up after the bound: a miss.
+none -> none: there was no room for one more request; sent when vLLM asks again, until the bound: a miss.
 """
 
 from __future__ import annotations
 
 import time
 
+from kvmp import errors
 from kvmp.vllm.link import Link
 from kvmp.vllm.options import Options
 from kvmp.vllm.request_state import Answer, RequestState, hash_array
@@ -61,7 +63,6 @@ class Lookups:
 
     def _submit(self, state: RequestState) -> None:
         state.asked = self._asking_for(state)
-        state.asked_at = None
         if not state.asked[0]:
             self._settle(state, None)
             return
@@ -70,7 +71,10 @@ class Lookups:
             hashes = hash_array(state.request.block_hashes)
             state.pending = namespace.session.client.submit_lookup(namespace.handle, hashes)
             self._stats.add("lookups")
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, errors.Busy):
+                self._stats.add("busy")
+                return
             self._give_up(state)
             raise
 
@@ -78,30 +82,39 @@ class Lookups:
         """Looks for the answer; False while it may still come in time."""
         if state.pending is None:
             self._submit(state)
-        if state.pending is None:
+        if state.answer is not None:
             return True
         now = self._clock()
         if state.asked_at is None:
             state.asked_at = now
-        try:
-            lease = state.pending.poll()
-        except BaseException:
-            self._give_up(state)
-            raise
+        lease = self._poll(state)
         if lease is not None:
             self._settle(state, lease)
             return True
         if now - state.asked_at < self._options.timeout_s:
             return False
         self._stats.add("lookup_timeouts")
-        self._give_up(state)
+        if state.pending is None:
+            # The server was not asked, so its silence says nothing of it.
+            self._miss(state)
+        else:
+            self._give_up(state)
         return True
+
+    def _poll(self, state: RequestState):
+        if state.pending is None:
+            return None
+        try:
+            return state.pending.poll()
+        except BaseException:
+            self._give_up(state)
+            raise
 
     def _settle(self, state: RequestState, lease) -> None:
         now = self._clock()
         if state.asked_at is not None:
             self._stats.add("lookup_wait_us", round((now - state.asked_at) * 1e6))
-        state.pending = None
+        state.pending, state.asked_at = None, None
         tokens = self._usable_tokens(state, lease)
         if lease is not None and not tokens:
             lease.release()
@@ -119,7 +132,12 @@ class Lookups:
     def _give_up(self, state: RequestState) -> None:
         """Counts as a miss; nobody asks again before the server has answered a ping."""
         pending, state.pending = state.pending, None
-        state.answer = Answer(0, None, self._clock(), state.asked)
-        self._link.mark_lost()
+        self._miss(state)
+        if state.namespace is not None:
+            self._link.mark_lost(state.namespace.session)
         if pending is not None:
             pending.abandon()
+
+    def _miss(self, state: RequestState) -> None:
+        state.asked_at = None
+        state.answer = Answer(0, None, self._clock(), state.asked)

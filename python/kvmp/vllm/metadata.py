@@ -96,7 +96,8 @@ class StepMeta(KVConnectorMetadata):
     """One step's work for the workers.
 
     Attributes:
-        session: the session in use now; None while there is no server.
+        session: the session in use now: workers join it early, and leave any other. None while there is no server,
+            which says nothing: a worker stays where it is.
         namespace: the namespace of plain requests in it; None until it is open.
         loads: loads begun in this step.
         stores: stores handed over in this step.
@@ -113,16 +114,36 @@ class StepMeta(KVConnectorMetadata):
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """The server refuses a worker in a namespace for as long as the session lasts.
+
+    Attributes:
+        session: the scheduler's session.
+        namespace: the namespace the worker may not join.
+        text: what the server said.
+    """
+
+    session: SessionRef
+    namespace: NamespaceRef
+    text: str
+
+
+@dataclass(frozen=True)
 class WorkerReport(KVConnectorWorkerMetadata):
-    """Stores that have ended since the last step.
+    """What a worker has to say since the last step.
 
     Attributes:
         stores: job id -> part -> blocks whose part was committed (0: not stored).
-        refusal: why the server refused a worker for good, empty when it did not.
+        refusals: what the server refused a worker.
+        closed: engine tokens with which a worker cannot go on: it left that session, or its part there is closed.
     """
 
     stores: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
-    refusal: str = ""
+    refusals: frozenset[Refusal] = frozenset()
+    closed: frozenset[int] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.stores or self.refusals or self.closed)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         """Both reports as one; a part reported twice counts once."""
@@ -131,7 +152,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
         stores = {job_id: dict(parts) for job_id, parts in self.stores.items()}
         for job_id, parts in other.stores.items():
             stores.setdefault(job_id, {}).update(parts)
-        return WorkerReport(stores=stores, refusal=self.refusal or other.refusal)
+        return WorkerReport(stores, self.refusals | other.refusals, self.closed | other.closed)
 
 
 @dataclass(frozen=True)
@@ -141,7 +162,7 @@ class PartMeta(KVConnectorHandshakeMetadata):
     Attributes:
         part: index of the part: pipeline rank x tensor-parallel size + tensor-parallel rank.
         block_bytes: bytes of one block over all of this rank's layers.
-        layout_json: canonical layout of the part, JSON with sorted keys; the worker joins with this very text.
+        layout_json: digest of the part's canonical layout as a JSON object; the worker joins with this very text.
         facts_json: facts only a worker knows that hold for the whole engine, JSON with sorted keys.
         off: why this worker cannot take part, empty when it can.
     """

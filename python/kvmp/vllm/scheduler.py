@@ -197,11 +197,15 @@ class SchedulerSide:
 
     def output(self, connector_output: Any) -> None:
         """Takes in what the workers report."""
-        if self._loads is not None and connector_output.finished_recving:
-            failed = getattr(connector_output, "failed_recving", None) or ()
-            self._loads.ended(connector_output.finished_recving, failed, connector_output.invalid_block_ids)
+        if self._loads is not None:
+            if connector_output.invalid_block_ids:
+                self._loads.note_invalid(connector_output.invalid_block_ids)
+            if connector_output.finished_recving:
+                failed = getattr(connector_output, "failed_recving", None) or ()
+                self._loads.ended(connector_output.finished_recving, failed)
         report = connector_output.kv_connector_worker_meta
         if self._stores is not None and isinstance(report, WorkerReport):
+            self._link.renew(report.closed)
             self._stores.reported(report)
 
     @property

@@ -40,6 +40,11 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
+def layout_digest(layout: str) -> dict[str, str]:
+    """What stands for a part's canonical layout in the namespace spec: SHA-256 of its text."""
+    return {"sha256": hashlib.sha256(layout.encode()).hexdigest()}
+
+
 def _hf_facts(hf_config: Any) -> dict[str, Any]:
     fields = {key: value for key, value in hf_config.to_dict().items() if key not in _NOT_THE_MODEL}
     rope = {key: value for key, value in fields.items() if "rope" in key or "position_embeddings" in key}
@@ -131,9 +136,13 @@ def ordered_parts(parts: Mapping[tuple[int, int], PartMeta], vllm_config: Any) -
     parallel = vllm_config.parallel_config
     width = parallel.tensor_parallel_size
     expected = width * parallel.pipeline_parallel_size
-    by_index = {pp * width + tp: meta for (pp, tp), meta in parts.items()}
+    by_index = {pp * width + tp: meta for (pp, tp), meta in parts.items() if meta is not None}
     if sorted(by_index) != list(range(expected)):
-        raise SpecRefusedError(f"{expected} workers, but layouts of the parts {sorted(by_index)} only")
+        missing = sorted(set(range(expected)) - set(by_index))
+        raise SpecRefusedError(
+            f"{expected} workers, but layouts of the parts {sorted(by_index)} only; the log of the worker at part "
+            f"{', '.join(map(str, missing)) or 'out of range'} has the cause"
+        )
     for index, meta in by_index.items():
         if meta.off:
             raise SpecRefusedError(meta.off)

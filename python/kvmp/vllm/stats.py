@@ -19,6 +19,7 @@ COUNTERS = (
     "failed_store_blocks",  # granted, but aborted or lost on the way
     "refused_store_blocks",  # the server had no room, or no parent, or did not admit them
     "reserve_timeouts",
+    "busy",  # lookups and stores put off to the next step: too many requests were open
     "errors",  # turned into a miss or "not stored"
     "step_us",  # time spent in the connector by the engine's threads
     "longest_call_us",  # the longest of these calls

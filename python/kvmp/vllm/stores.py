@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from kvmp import errors
 from kvmp.client import Answer
 from kvmp.vllm.guard import ENDS_THE_PROCESS
 from kvmp.vllm.link import Link, OpenNamespace
-from kvmp.vllm.metadata import StoreJob, WorkerReport
+from kvmp.vllm.metadata import NamespaceRef, Refusal, SessionRef, StoreJob, WorkerReport
 from kvmp.vllm.options import Options
 from kvmp.vllm.pins import Pins
 from kvmp.vllm.request_state import RequestState, hash_array
@@ -75,7 +76,7 @@ class Stores:
         self._copying: dict[int, _Copying] = {}
         self._next_job = 1
         self._void_below = 0
-        self._refused = False
+        self._refused: set[tuple[SessionRef, NamespaceRef]] = set()
 
     @property
     def void_below(self) -> int:
@@ -90,7 +91,7 @@ class Stores:
     def open_for(self, state: RequestState) -> bool:
         """Whether the request's next blocks may be stored: there is a namespace, and its chain there is whole."""
         namespace = self._link.namespace(state.adapter)
-        if namespace is None or self._refused:
+        if namespace is None or (namespace.session.ref, namespace.ref) in self._refused:
             return False
         state.move_to(namespace)
         return not state.store_closed
@@ -104,14 +105,17 @@ class Stores:
         """
         first = state.stored_blocks
         block_ids = table[first : min(full_blocks, first + self.pins.room, first + _PUT_UP_MOST)]
-        if 0 in block_ids:
-            # The null block holds nobody's KV; what lies behind it has no parent.
-            block_ids, state.store_closed = block_ids[: block_ids.index(0)], True
-        if block_ids:
-            state.stored_blocks = first + len(block_ids)
-            self._reserve(state, first, block_ids)
+        null = 0 in block_ids
+        if null:
+            block_ids = block_ids[: block_ids.index(0)]
+        if block_ids and not self._reserve(state, first, block_ids):
+            return
+        state.stored_blocks = first + len(block_ids)
+        # The null block holds nobody's KV; what lies behind it has no parent.
+        state.store_closed = state.store_closed or null
 
-    def _reserve(self, state: RequestState, first: int, block_ids: list[int]) -> None:
+    def _reserve(self, state: RequestState, first: int, block_ids: list[int]) -> bool:
+        """False when there is no room for one more request now: the blocks are put up with the next step."""
         namespace = state.namespace
         hashes = state.request.block_hashes
         parent = hash_array([hashes[first - 1]]).tobytes() if first else None
@@ -121,11 +125,16 @@ class Stores:
             pending = namespace.session.client.submit_reserve(
                 namespace.handle, wanted, first_block=first, parent=parent
             )
-        except BaseException:
+        except BaseException as error:
             self.pins.unpin(block_ids)
-            self._link.mark_lost()
+            if isinstance(error, errors.Busy):
+                self._stats.add("busy")
+                return False
+            state.store_closed = True
+            self._link.mark_lost(namespace.session)
             raise
         self._reserving.append(_Reserving(state, namespace, block_ids, pending, self._clock()))
+        return True
 
     def harvest(self) -> None:
         """Takes in what was granted since the last step; never waits."""
@@ -155,12 +164,12 @@ class Stores:
         except BaseException as error:
             self._logger.debug("kvmp: a reservation was lost: %s", error)
             self._stats.add("errors")
-            self._link.mark_lost()
+            self._link.mark_lost(reserving.namespace.session)
             return None, True
         if lease is not None or self._clock() - reserving.at < self._options.timeout_s:
             return lease, False
         self._stats.add("reserve_timeouts")
-        self._link.mark_lost()
+        self._link.mark_lost(reserving.namespace.session)
         return None, True
 
     def _give_up(self, reserving: _Reserving) -> None:
@@ -211,9 +220,15 @@ class Stores:
                 copying.committed.update(parts)
                 if len(copying.committed) >= self._parts:
                     self._end(job_id, copying)
-        if report.refusal and not self._refused:
-            self._refused = True
-            self._logger.warning("kvmp: storing is off: the server refuses a worker: %s", report.refusal)
+        for refusal in report.refusals:
+            self._take_refusal(refusal)
+
+    def _take_refusal(self, refusal: Refusal) -> None:
+        """Storing is off in this namespace for as long as this session lasts."""
+        key = (refusal.session, refusal.namespace)
+        if key not in self._refused:
+            self._refused = {known for known in self._refused if known[0] == refusal.session} | {key}
+            self._logger.warning("kvmp: storing is off in this session: the server refuses a worker: %s", refusal.text)
 
     def _end(self, job_id: int, copying: _Copying) -> None:
         del self._copying[job_id]

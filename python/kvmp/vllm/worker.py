@@ -12,12 +12,12 @@ from kvmp.vllm.copier import Copier, Ended
 from kvmp.vllm.joined import Membership
 from kvmp.vllm.metadata import LoadJob, PartMeta, StepMeta, StoreJob, WorkerReport
 from kvmp.vllm.options import Options
-from kvmp.vllm.spec import canonical
+from kvmp.vllm.spec import canonical, layout_digest
 from kvmp.vllm.stats import KvmpStats
 
 
 class WorkerSide:
-    """One rank's worker, from registration to shutdown. It makes no contact before its first copy."""
+    """One rank's worker, from registration to shutdown. It makes no contact before its scheduler has a session."""
 
     def __init__(
         self, vllm_config: Any, kv_cache_config: Any, options: Options, logger: logging.Logger, stats: KvmpStats
@@ -58,7 +58,10 @@ class WorkerSide:
         pp_rank, tp_rank = compat.rank_in_engine()
         self._part = pp_rank * self._vllm_config.parallel_config.tensor_parallel_size + tp_rank
         self._paged = PagedKV(kv_caches, num_blocks=self._kv_cache_config.num_blocks)
-        self._layout_json = canonical({**self._paged.layout(), "layers": self._layer_facts()})
+        layout = canonical({**self._paged.layout(), "layers": self._layer_facts()})
+        # A large model's layout would overflow the namespace's entry in the segment: its digest stands there.
+        self._layout_json = canonical(layout_digest(layout))
+        self._logger.debug("kvmp: layout of part %d, of digest %s: %s", self._part, self._layout_json, layout)
 
     def registration_failed(self) -> None:
         """Registration raised: this rank cannot take part."""
@@ -92,6 +95,8 @@ class WorkerSide:
         """Takes this step's work; it starts when the step's hooks say so."""
         self._new_loads.extend(meta.loads)
         self._new_stores.extend(meta.stores)
+        if meta.session is not None and self._paged is not None:
+            self._running_copier().follow(meta.session, meta.namespace)
         if self._copier is not None and (meta.cancelled_loads or meta.void_below):
             self._copier.cancel(meta.cancelled_loads, meta.void_below)
 
@@ -131,9 +136,10 @@ class WorkerSide:
             ended.failed.add(job.req_id)
             ended.failed_blocks.update(job.block_ids.tolist())
         self._failed_blocks |= ended.failed_blocks
-        if ended.stored or ended.refusal:
-            stores = {job_id: {self._part: committed} for job_id, committed in ended.stored.items()}
-            self._unreported = self._unreported.aggregate(WorkerReport(stores, ended.refusal))
+        stores = {job_id: {self._part: committed} for job_id, committed in ended.stored.items()}
+        report = WorkerReport(stores, frozenset(ended.refusals), frozenset(ended.closed))
+        if report:
+            self._unreported = self._unreported.aggregate(report)
         return ended.loaded, ended.failed
 
     def take_failed_blocks(self) -> set[int]:
@@ -142,6 +148,6 @@ class WorkerSide:
         return blocks
 
     def take_report(self) -> WorkerReport | None:
-        """Stores that have ended since the last call, None if none has."""
+        """What the scheduler side must hear since the last call, None if nothing."""
         report, self._unreported = self._unreported, WorkerReport()
-        return report if report.stores or report.refusal else None
+        return report or None
