@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use kvmp_core::geometry::Geometry;
 use kvmp_core::ring::Ring;
-use kvmp_core::segment::{Access, Layout, Mapping, SegmentHeader, TableMap};
+use kvmp_core::segment::{Access, Layout, Mapping, SegmentHeader, TableMap, boot_id};
 use kvmp_core::wire::{ClientMessage, Hello, Role, ServerMessage, SocketError, Welcome, peer_uid};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -184,7 +184,8 @@ fn map_table(segment: &File, welcome: &Welcome) -> Result<TableMap, ClientError>
 fn check_header(table: &TableMap, segment: &File, welcome: &Welcome) -> Result<(), String> {
     let header: SegmentHeader = table.header().ok_or("its header does not parse")?;
     let len = segment.metadata().map_err(|e| e.to_string())?.len();
-    let layout = header.check(len, boot_id()?).map_err(|e| e.to_string())?;
+    let layout =
+        header.check(len, boot_id().map_err(|e| format!("the kernel's boot id: {e}"))?).map_err(|e| e.to_string())?;
     if layout != *table.layout() {
         return Err(format!("its header says {:?}, the welcome {:?}", layout.geometry, table.layout().geometry));
     }
@@ -196,13 +197,6 @@ fn check_header(table: &TableMap, segment: &File, welcome: &Welcome) -> Result<(
 }
 
 /// This boot's id, as the server writes it into the header.
-fn boot_id() -> Result<[u8; 16], String> {
-    let path = "/proc/sys/kernel/random/boot_id";
-    let text = std::fs::read_to_string(path).map_err(|e| format!("{path}: {e}"))?;
-    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
-    let id = u128::from_str_radix(&digits, 16).map_err(|e| format!("{path}: {e}"))?;
-    Ok(id.to_be_bytes())
-}
 
 impl From<SocketError> for ClientError {
     fn from(error: SocketError) -> Self {
