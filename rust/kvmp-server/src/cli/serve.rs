@@ -7,7 +7,7 @@ use std::time::Duration;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use tracing_subscriber::EnvFilter;
+use tracing::level_filters::LevelFilter;
 
 use crate::config::ConfigSource;
 use crate::error::{Context, ServerError};
@@ -69,10 +69,10 @@ pub(super) fn run(args: ServeArgs) -> Result<(), ServerError> {
 }
 
 fn log_to_stderr() {
-    let filter = EnvFilter::try_from_env("KVMP_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let level = std::env::var("KVMP_LOG").ok().and_then(|level| level.parse().ok()).unwrap_or(LevelFilter::INFO);
     // A second server in one process keeps the first one's subscriber.
     let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_max_level(level)
         .with_target(false)
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
