@@ -255,8 +255,8 @@ def test_calls_carry_arrays_of_the_fixed_types():
     kv, client = PagedKV({"a": torch.zeros(4, 2)}), Recorder()
     kv.store(client, "ns", [1, 2], np.array([7, 9], np.int64), group=1, threads=2)
     ok = kv.load(client, "ns", torch.tensor([3]), [5], [2**64 - 1])
-    _, ns, group, ids, slots, threads = client.calls[0]
-    assert (ns, group, threads) == ("ns", 1, 2)
+    _, ns, group, ids, slots, threads, *epoch = client.calls[0]
+    assert (ns, group, threads, epoch) == ("ns", 1, 2, [None])
     assert (ids.dtype, slots.dtype) == (np.int64, np.uint32)
     words = client.calls[1][5]
     assert (words.dtype, words.tolist(), ok.tolist()) == (np.uint64, [2**64 - 1], [True])

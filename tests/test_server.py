@@ -86,3 +86,29 @@ def test_a_client_of_a_stopped_server_is_refused() -> None:
         server.stop()
         with pytest.raises(ConnectError, match=str(server.socket_path)):
             kvmp.Client.connect(server.endpoint, role="tool")
+
+
+def test_a_launch_that_fails_removes_nothing_of_others(tmp_path: Path) -> None:
+    """Neither a running server's segment, nor one kept for later, nor a file that a name could reach."""
+    name = f"launch-others-{tmp_path.name}"
+    with kvmp.launch("16MiB", name=name, socket=tmp_path / "a.sock") as server:
+        with pytest.raises(kvmp.errors.KvmpError, match="already runs under the name"):
+            kvmp.launch("16MiB", name=name, socket=tmp_path / "b.sock")
+        assert server.segment_path.exists()
+        assert server.process.poll() is None
+    kept = Path(f"/dev/shm/{name}.kvmp")
+    kept.write_bytes(b"precious")
+    try:
+        with pytest.raises(kvmp.errors.KvmpError):
+            kvmp.launch("16MiB", name=name, policy="nonsense")
+        assert kept.read_bytes() == b"precious"
+    finally:
+        kept.unlink()
+
+
+def test_ctrl_c_drains_and_ends_well(tmp_path: Path) -> None:
+    with kvmp.launch("16MiB", socket=tmp_path / "kvmp.sock") as server:
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(20) == 0
+        assert "Traceback" not in server.log()
+        assert "the segment is removed" in server.log()

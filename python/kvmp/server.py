@@ -40,6 +40,8 @@ class Server:
         """What the server printed; gone after the ``with`` block."""
         self._folder = folder
         self._ephemeral = ephemeral
+        # The file that this server is known to have made or taken over; nobody else's is ever removed.
+        self._own_segment: tuple[int, int] | None = None
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
 
@@ -67,6 +69,8 @@ class Server:
             if time.monotonic() > deadline:
                 raise KvmpError(f"kvmp serve (pid {self.pid}) was not ready within {timeout_s} s:\n{self._tail()}")
             time.sleep(_POLL_S)
+        if self._ephemeral:
+            self._own_segment = _inode(self.segment_path)
 
     def stop(self, timeout_s: float = _STOP_S) -> int:
         """Ask the server to drain (SIGTERM), kill it after ``timeout_s``, and return its exit code."""
@@ -85,8 +89,8 @@ class Server:
     def close(self) -> None:
         """Stop the server and remove what belongs to it: its log, and its segment if that is ephemeral."""
         self.stop()
-        if self._ephemeral:
-            self.segment_path.unlink(missing_ok=True)  # one that was killed could not do it
+        if self._own_segment is not None and self._own_segment == _inode(self.segment_path):
+            self.segment_path.unlink(missing_ok=True)  # a server that was killed could not do it
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _tail(self) -> str:
@@ -141,6 +145,14 @@ def launch(
         server.close()
         raise
     return server
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _flags(options: Mapping[str, object]) -> list[str]:

@@ -196,8 +196,6 @@ fn check_header(table: &TableMap, segment: &File, welcome: &Welcome) -> Result<(
     Ok(())
 }
 
-/// This boot's id, as the server writes it into the header.
-
 impl From<SocketError> for ClientError {
     fn from(error: SocketError) -> Self {
         Self::Protocol(error.to_string())

@@ -20,10 +20,12 @@ pub const PART_SUM: u64 = 16;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum GeometryError {
     /// The chunk size is no power of two between 2 MiB and 1 GiB.
-    #[error("chunk size {0} is not a power of two from 2 MiB to 1 GiB")]
+    #[error("--chunk: {0} bytes are no power of two from 2MiB to 1GiB")]
     Chunk(u64),
     /// Not even one chunk fits.
-    #[error("an arena of {arena} bytes holds no chunk of {chunk} bytes; take a larger --size or a smaller --chunk")]
+    #[error(
+        "--size: {arena} bytes hold no chunk of {chunk} bytes; take a larger --size (2MiB at least) or a smaller --chunk"
+    )]
     NoChunk {
         /// Bytes asked for.
         arena: u64,
@@ -31,7 +33,7 @@ pub enum GeometryError {
         chunk: u64,
     },
     /// Slot numbers are 32 bits of 4 KiB pages.
-    #[error("an arena of {0} bytes is over the 16 TiB that 32-bit slot numbers reach")]
+    #[error("--size: {0} bytes are over the 16TiB that slot numbers reach")]
     TooLarge(u64),
 }
 

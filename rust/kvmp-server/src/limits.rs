@@ -75,7 +75,7 @@ fn machine(sources: &Sources) -> Option<Bound> {
         what: "the machine's memory".into(),
         total: meminfo(&text, "MemTotal")?,
         free: meminfo(&text, "MemAvailable")?,
-        mend: "ask for less with --size".into(),
+        mend: "take a machine with more memory".into(),
     })
 }
 

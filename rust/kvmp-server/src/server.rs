@@ -18,7 +18,7 @@ use crate::listen::{BoundSocket, Control, ControlStart, Rendezvous};
 use crate::plane::{Command, Faults, Namespaces, Plane, PlaneHandle, PlaneStart};
 use crate::recovery::{Recovery, recover};
 use crate::segment::backing::{Backing, Ended};
-use crate::segment::{Found, HolderLocks, SegmentFile};
+use crate::segment::{Claim, Found, HolderLocks, SegmentFile};
 use crate::size::Bytes;
 
 /// Settings for a server to be, by name; what is not set has its default.
@@ -138,6 +138,13 @@ fn check_size(config: &ServerConfig, geometry: &Geometry, sources: &Sources) -> 
     }
 }
 
+/// The sockets; nobody is answered before the threads run.
+fn open_doors(config: &ServerConfig) -> Result<(BoundSocket, Option<Rendezvous>), ServerError> {
+    let socket = BoundSocket::bind(&config.socket)?;
+    let rendezvous = Rendezvous::start(config, socket.path())?;
+    Ok((socket, rendezvous))
+}
+
 /// A descriptor of the server's own to ask for locks with.
 fn holder_locks(segment: &SegmentFile) -> Result<HolderLocks, ServerError> {
     segment.reopen(true).map(|fd| HolderLocks::new(fd.into())).doing(|| "opening the segment".into())
@@ -160,6 +167,7 @@ fn make_plane(
     // Before recovery: whoever holds an entry now may be storing into what recovery finds Writing.
     let held_before = holders.held().doing(|| "asking for locks".into())?;
     let mut namespaces = Namespaces::new(Arc::clone(segment));
+    segment.recovering();
     let Recovery { store, cold, report } = recover(segment, &mut namespaces, policy);
     segment.recovered();
     if segment.found == Found::Segment {
@@ -198,8 +206,17 @@ impl Server {
         let geometry = Geometry::new(config.size, config.chunk)?;
         let sources = Sources::default();
         check_size(&config, &geometry, &sources)?;
-        let segment = Arc::new(SegmentFile::open(&config, geometry)?);
-        let started = Self::start_on(config, Arc::clone(&segment), sources);
+        let claim = Claim::new(&config, geometry)?;
+        // Whatever may be refused is, before an old cache is given up for a new file.
+        let doors = match open_doors(&config) {
+            Ok(doors) => doors,
+            Err(e) => {
+                claim.give_up();
+                return Err(e);
+            }
+        };
+        let segment = Arc::new(claim.open()?);
+        let started = Self::start_on(config, Arc::clone(&segment), doors, sources);
         if started.is_err() && segment.found != Found::Segment {
             // Nobody has seen the file that this start made.
             segment.unlink();
@@ -207,16 +224,19 @@ impl Server {
         started
     }
 
-    fn start_on(config: ServerConfig, segment: Arc<SegmentFile>, sources: Sources) -> Result<Self, ServerError> {
-        // Bound before recovery, so that a path that cannot be costs nothing; nobody is answered before the threads run.
-        let socket = BoundSocket::bind(&config.socket)?;
+    fn start_on(
+        config: ServerConfig,
+        segment: Arc<SegmentFile>,
+        (socket, rendezvous): (BoundSocket, Option<Rendezvous>),
+        sources: Sources,
+    ) -> Result<Self, ServerError> {
         let socket_path = socket.path().to_owned();
-        let rendezvous = Rendezvous::start(&config, &socket_path)?;
         let (commands, receiver) = channel();
         let bell = make_bell()?;
         let plane = PlaneHandle::new(commands, Arc::clone(&bell));
         let (fault, faults) = channel();
         let faults_bell = make_bell()?;
+        let held_before = holder_locks(&segment)?.held().doing(|| "asking for locks".into())?;
         let (data_plane, cold) =
             make_plane(&config, &segment, receiver, bell, Faults::new(fault, Arc::clone(&faults_bell)))?;
         let stop = Arc::new(Stop { flag: AtomicBool::new(false), bell: make_bell()? });
@@ -224,7 +244,7 @@ impl Server {
         let control = Control::new(ControlStart {
             socket,
             segment: Arc::clone(&segment),
-            holders: holder_locks(&segment)?,
+            holders: holder_locks(&segment)?.sparing(held_before),
             plane: plane.clone(),
             allow_uids: config.allow_uids.clone(),
             stop: Arc::clone(&stop.bell),

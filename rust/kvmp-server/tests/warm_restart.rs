@@ -11,6 +11,12 @@ use std::process::{Child, Command, Stdio};
 
 use support::{Engine, chain, spec, until};
 
+fn command(name: &str, socket: &Path, size: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kvmp"));
+    command.args(["serve", "--size", size, "--chunk", "2MiB", "--tcp", "off", "--name", name, "--socket"]).arg(socket);
+    command
+}
+
 /// A `kvmp serve` of its own.
 struct Process {
     child: Child,
@@ -23,12 +29,7 @@ struct Process {
 impl Process {
     fn start(dir: &Path, name: &str) -> Self {
         let socket: PathBuf = dir.join("kvmp.sock");
-        let mut child = Command::new(env!("CARGO_BIN_EXE_kvmp"))
-            .args(["serve", "--size", "16MiB", "--chunk", "2MiB", "--tcp", "off", "--name", name, "--socket"])
-            .arg(&socket)
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut child = command(name, &socket, "16MiB").stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let mut log = String::new();
         for line in lines.by_ref().map_while(Result::ok) {
@@ -125,4 +126,56 @@ fn a_worker_that_dies_between_reserve_and_commit_leaves_nothing_behind() {
     drop(places);
     until("its parts are closed", || engine.stat("blocks_writing") + engine.stat("blocks_quarantined") == 0);
     assert_eq!((engine.hit(&hashes), engine.stat("blocks_ready")), (0, 0));
+}
+
+#[test]
+fn starts_that_fail_cost_the_old_cache_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let spec = spec("m", &[9000]);
+    let mut first = Process::start(dir.path(), "test-failed-start");
+    let engine = warm(&first.endpoint, &spec);
+    assert_eq!(engine.store(&chain(1, 50)), 50);
+    drop(engine);
+    first.kill();
+    let nowhere = Path::new("/proc/nowhere/kvmp.sock");
+    for size in ["16MiB", "16MiB", "16MiB", "32MiB"] {
+        let failed = command("test-failed-start", nowhere, size).stderr(Stdio::null()).status().unwrap();
+        assert_eq!(failed.code(), Some(1));
+    }
+    let second = Process::start(dir.path(), "test-failed-start");
+    assert!(second.log.contains("50 blocks kept"), "{}", second.log);
+}
+
+#[test]
+fn a_client_that_reconnects_does_not_hold_the_quarantine_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let spec = spec("m", &[9000]);
+    let mut first = Process::start(dir.path(), "test-reconnect");
+    let engine = warm(&first.endpoint, &spec);
+    let mut lease = engine.reserve(&chain(1, 20));
+    lease.hand_over();
+    first.kill();
+    let second = Process::start(dir.path(), "test-reconnect");
+    drop((lease, engine));
+    let again = Engine::new(&second.endpoint, &spec);
+    assert_eq!(again.stat("blocks_quarantined"), 20);
+    until("the slots come back", || again.stat("blocks_quarantined") == 0);
+}
+
+#[test]
+fn a_server_whose_log_nobody_reads_serves_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("kvmp.sock");
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let child = command("test-mute", &socket, "16MiB").arg("--ephemeral").stderr(full).spawn().unwrap();
+    let endpoint = format!("unix:{}", socket.display());
+    until("it listens", || socket.exists());
+    let mut process = Process { child, endpoint, name: "test-mute".into(), log: String::new() };
+    let engine = warm(&process.endpoint, &spec("m", &[9000]));
+    // Both of these are logged.
+    let other = Engine::new(&process.endpoint, &spec("m", &[8000]));
+    assert_eq!((engine.store(&chain(1, 5)), other.store(&chain(1, 5))), (5, 5));
+    let pid = rustix::process::Pid::from_child(&process.child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert_eq!(process.child.wait().unwrap().code(), Some(0));
 }

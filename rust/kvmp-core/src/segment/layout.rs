@@ -16,6 +16,8 @@ pub const HOLDERS: u32 = 4096;
 pub const HOLDER_ENTRY: u64 = 64;
 /// Number of entries of the namespace table.
 pub const NAMESPACES: u32 = 4096;
+/// Entries of it that have memory from the start.
+const NAMESPACES_BACKED: u64 = 16;
 /// Bytes of an entry of the namespace table.
 pub const NAMESPACE_ENTRY: u64 = 16 << 10;
 /// Bytes in front of the spec in a namespace entry: digest, state, length.
@@ -69,10 +71,15 @@ impl Layout {
         self.chunks + self.geometry.arena_bytes()
     }
 
-    /// Ranges that must have memory before the server writes its first byte: header page, holder entries, chunk words.
+    /// Ranges that must have memory before the server writes its first byte: header page, holder entries, the first
+    /// namespaces (a file system that fills up later must not keep a model out), chunk words.
     #[must_use]
-    pub fn always_backed(&self) -> [(u64, u64); 2] {
-        [(0, holder_offset(HOLDERS)), (CHUNK_WORDS, u64::from(self.geometry.chunks) * 8)]
+    pub fn always_backed(&self) -> [(u64, u64); 3] {
+        [
+            (0, holder_offset(HOLDERS)),
+            (NAMESPACE_TABLE, NAMESPACES_BACKED * NAMESPACE_ENTRY),
+            (CHUNK_WORDS, u64::from(self.geometry.chunks) * 8),
+        ]
     }
 
     /// Range of a namespace entry.

@@ -9,9 +9,9 @@ use crate::slot::SlotWord;
 pub enum StoreError {
     /// A slot does not fit into a chunk.
     #[error(
-        "a block of group {} takes {slot_bytes} bytes, more than a chunk of {chunk_bytes}; \
-         start the server with --chunk {mend}",
-        group.0
+        "a block of group {} takes {slot_bytes} bytes, more than a chunk of {chunk_bytes}; {}",
+        group.0,
+        larger_chunk(*.mend)
     )]
     SlotTooLarge {
         /// Group whose slot it is.
@@ -65,6 +65,13 @@ pub enum StoreError {
         /// The store's geometry.
         geometry: Geometry,
     },
+}
+
+fn larger_chunk(bytes: u64) -> String {
+    if bytes > crate::geometry::MAX_CHUNK {
+        return "and a chunk (--chunk) has 1GiB at most: have the engine use smaller blocks".into();
+    }
+    format!("start the server with --chunk {bytes} and a --size of at least as much")
 }
 
 /// Fewer blocks may be evicted than were to go; none was.

@@ -13,11 +13,13 @@ impl<T: SlotTable> BlockStore<T> {
     }
 
     /// A part's writer is gone: its holder entry is free and the grace has passed. Its open parts are
-    /// aborted.
-    pub fn part_writer_gone(&mut self, engine: EngineToken, part: PartId) {
+    /// aborted; returns how many there were.
+    pub fn part_writer_gone(&mut self, engine: EngineToken, part: PartId) -> u64 {
+        let before = self.counters.aborted_parts;
         for lease in self.write_leases_of(engine) {
             self.abort_parts(lease, Some(part));
         }
+        self.counters.aborted_parts - before
     }
 
     /// The engine is gone with all its writers: its reads end, and all its open parts are aborted.

@@ -347,7 +347,7 @@ fn a_slot_larger_than_a_chunk_is_refused_with_the_mend() {
     let error = s.add_namespace(NS, &prefix_spec(1, 700)).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "a block of group 0 takes 2867200 bytes, more than a chunk of 2097152; start the server with --chunk 4194304"
+        "a block of group 0 takes 2867200 bytes, more than a chunk of 2097152; start the server with --chunk 4194304 and a --size of at least as much"
     );
     assert_eq!(s.lookup_begin(ENGINE, NS, at(0)).err(), Some(StoreError::NoNamespace(NS)));
 }

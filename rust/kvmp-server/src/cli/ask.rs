@@ -46,12 +46,12 @@ fn connect(place: Where) -> Result<Client, ServerError> {
 pub(super) fn stats(args: StatsArgs) -> Result<(), ServerError> {
     let text = connect(args.place)?.stats(&Bound::ms(PATIENCE_MS)).map_err(asked)?;
     if args.json {
-        println!("{text}");
+        say!("{text}");
         return Ok(());
     }
     let all: Value = serde_json::from_str(&text).map_err(|e| ServerError::Asked(format!("stats: {e}")))?;
     for (key, value) in all.as_object().into_iter().flatten() {
-        println!("{key:<20} {}", shown(key, value));
+        say!("{key:<20} {}", shown(key, value));
     }
     Ok(())
 }
@@ -67,12 +67,12 @@ fn shown(key: &str, value: &Value) -> String {
 pub(super) fn ping(place: Where) -> Result<(), ServerError> {
     let client = connect(place)?;
     let took = client.ping(&Bound::ms(PATIENCE_MS)).map_err(asked)?;
-    println!("{} (kvmp {}) answered in {} us", client.endpoint(), client.server_version(), took.as_micros());
+    say!("{} (kvmp {}) answered in {} us", client.endpoint(), client.server_version(), took.as_micros());
     Ok(())
 }
 
 pub(super) fn clear(place: Where) -> Result<(), ServerError> {
     let count = connect(place)?.clear(&Bound::ms(PATIENCE_MS)).map_err(asked)?;
-    println!("{count} blocks evicted; blocks in use are kept");
+    say!("{count} blocks evicted; blocks in use are kept");
     Ok(())
 }

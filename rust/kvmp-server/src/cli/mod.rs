@@ -1,7 +1,16 @@
 //! The command line, for the binary and for the wheel's console script.
 
+/// As `println!`, but a reader that has gone (`kvmp stats | head -1`) is no reason to panic.
+macro_rules! say {
+    ($($what:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stdout(), $($what)*);
+    }};
+}
 mod ask;
 mod serve;
+
+use std::io::Write;
 
 use clap::{Parser, Subcommand};
 
@@ -62,7 +71,7 @@ pub fn main(args: Vec<String>) -> i32 {
     match done {
         Ok(()) => 0,
         Err(e) => {
-            eprintln!("kvmp: {e}");
+            let _ = writeln!(std::io::stderr(), "kvmp: {e}");
             e.exit_code()
         }
     }
@@ -71,7 +80,7 @@ pub fn main(args: Vec<String>) -> i32 {
 fn rm(args: RmArgs) -> Result<(), crate::ServerError> {
     let name = checked_name(args.name)?;
     let bytes = segment::remove(&args.arena_dir, &name)?;
-    println!("removed the segment of '{name}': {} of memory are free again", Bytes(bytes));
+    say!("removed the segment of '{name}': {} of memory are free again", Bytes(bytes));
     Ok(())
 }
 

@@ -74,6 +74,8 @@ fn log_to_stderr() {
     let _ = tracing_subscriber::fmt()
         .with_max_level(level)
         .with_target(false)
+        // A log that nobody can read any more (a closed terminal, a full disk) must not end the server.
+        .log_internal_errors(false)
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
         .try_init();

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -47,6 +47,28 @@ fn folder(path: &Path) -> Result<PathBuf, ServerError> {
     Ok(dir)
 }
 
+/// What lies under the name may be replaced only if it is a socket that nobody answers any more: holding the segment of
+/// one name says nothing of a server of another name on this path.
+fn check_free(path: &Path) -> Result<(), ServerError> {
+    let Ok(meta) = fs::symlink_metadata(path) else { return Ok(()) };
+    if !meta.file_type().is_socket() {
+        return Err(refuse(path, "is there and is no socket; take another --socket"));
+    }
+    let (Ok(address), Ok(probe)) = (SocketAddrUnix::new(path), seqpacket()) else { return Ok(()) };
+    match rustix::net::connect(&probe, &address) {
+        // EAGAIN: somebody listens and has his hands full.
+        Ok(()) | Err(rustix::io::Errno::AGAIN) => {
+            Err(refuse(path, "another server answers there; stop it, or take another --socket (or --name)"))
+        }
+        Err(_) => Ok(()),
+    }
+}
+
+fn seqpacket() -> rustix::io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+}
+
 impl BoundSocket {
     /// Binds under a temporary name, then renames: a client finds either the old server's socket or this one.
     pub fn bind(path: &Path) -> Result<Self, ServerError> {
@@ -54,6 +76,7 @@ impl BoundSocket {
         let dir = fs::canonicalize(&dir).doing(|| format!("finding {}", dir.display()))?;
         let name = path.file_name().ok_or_else(|| refuse(path, "is no file name"))?.to_string_lossy().into_owned();
         let path = dir.join(&name);
+        check_free(&path)?;
         let temporary = dir.join(format!(".{}.{name}", std::process::id()));
         let address = SocketAddrUnix::new(&temporary).map_err(|_| {
             refuse(
@@ -65,13 +88,7 @@ impl BoundSocket {
             )
         })?;
         let what = || format!("binding {}", path.display());
-        let fd = rustix::net::socket_with(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-            None,
-        )
-        .doing(what)?;
+        let fd = seqpacket().doing(what)?;
         let _ = fs::remove_file(&temporary);
         rustix::net::bind(&fd, &address).doing(what)?;
         let bound = fs::set_permissions(&temporary, fs::Permissions::from_mode(0o600))
@@ -102,15 +119,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_later_server_takes_the_name_and_the_first_leaves_it_alone() {
+    fn what_is_in_use_or_no_socket_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.sock");
+        fs::write(&path, "notes").unwrap();
+        assert!(BoundSocket::bind(&path).unwrap_err().to_string().contains("no socket"));
+        assert_eq!(fs::read_to_string(&path).unwrap(), "notes");
+        fs::remove_file(&path).unwrap();
+        let first = BoundSocket::bind(&path).unwrap();
+        assert!(BoundSocket::bind(&path).unwrap_err().to_string().contains("another server answers"));
+        drop(first);
+    }
+
+    #[test]
+    fn a_later_server_takes_the_name_of_a_dead_one() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("sub/x.sock");
         let first = BoundSocket::bind(&path).unwrap();
         assert_eq!(fs::metadata(dir.path().join("sub")).unwrap().mode() & 0o777, 0o700);
         assert_eq!(fs::symlink_metadata(&path).unwrap().mode() & 0o777, 0o600);
-        let second = BoundSocket::bind(&path).unwrap();
+        // As a SIGKILL leaves it: the file is there, nobody listens.
+        let left = dir.path().join("left.sock");
+        fs::rename(&path, &left).unwrap();
         drop(first);
-        assert!(path.exists());
+        fs::rename(&left, &path).unwrap();
+        let second = BoundSocket::bind(&path).unwrap();
         drop(second);
         assert!(!path.exists());
     }

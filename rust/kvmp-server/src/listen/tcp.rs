@@ -14,6 +14,8 @@ use crate::error::ServerError;
 
 /// How long a caller may take over its one question.
 const PATIENCE: Duration = Duration::from_millis(500);
+/// Callers answered at the same time.
+const CALLERS: usize = 64;
 /// How often the thread looks whether it should stop.
 const GLANCE: Duration = Duration::from_millis(50);
 
@@ -46,13 +48,12 @@ impl Rendezvous {
         let address = listener.local_addr()?;
         let stop = Arc::new(AtomicBool::new(false));
         let located = ServerMessage::Located(Located { socket: socket.to_string_lossy().into_owned() });
-        let stopped = Arc::clone(&stop);
+        let (stopped, callers) = (Arc::clone(&stop), Arc::new(()));
         let thread = std::thread::Builder::new().name("kvmp-tcp".into()).spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
                 if wait_readable(&listener) {
                     match listener.accept() {
-                        // A caller that hangs up or stalls has had its chance.
-                        Ok((stream, _)) => drop(answer(stream, &located)),
+                        Ok((stream, _)) => answer_aside(stream, &located, &callers),
                         // No descriptors left, say: it stays readable, so look again later.
                         Err(_) => std::thread::sleep(GLANCE),
                     }
@@ -70,6 +71,21 @@ impl Drop for Rendezvous {
             let _ = thread.join();
         }
     }
+}
+
+/// On a thread of its own, so that a caller who says nothing keeps nobody else waiting; too many are turned away.
+fn answer_aside(stream: TcpStream, located: &ServerMessage, callers: &Arc<()>) {
+    if Arc::strong_count(callers) > CALLERS {
+        return;
+    }
+    let (located, ticket) = (located.clone(), Arc::clone(callers));
+    let answering = move || {
+        // A caller that hangs up or stalls has had its chance.
+        let _ = answer(stream, &located);
+        drop(ticket);
+    };
+    // No thread to be had: the caller sees a hang-up and tries again.
+    let _ = std::thread::Builder::new().name("kvmp-tcp-caller".into()).spawn(answering);
 }
 
 fn wait_readable(listener: &TcpListener) -> bool {

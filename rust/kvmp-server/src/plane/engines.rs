@@ -95,6 +95,13 @@ impl Engines {
         Ok(())
     }
 
+    /// A part of a writer that is gone had blocks open, which are closed now: nobody may join for it any more.
+    pub fn bar(&mut self, token: EngineToken, part: PartId) {
+        if let Some(engine) = self.all.get_mut(&token) {
+            engine.left.insert(part);
+        }
+    }
+
     /// Whether a worker has joined for a part.
     pub fn has_joined(&self, token: EngineToken, part: PartId) -> bool {
         self.all.get(&token).is_some_and(|engine| engine.joined.contains(&part))
@@ -137,7 +144,6 @@ impl Engine {
                 None => gone.push(Gone::Unjoined(token)),
                 // A worker that came back on a new session is the same writer: its parts stay open.
                 Some(part) if !self.writers.iter().any(|w| w.part == Some(part)) => {
-                    self.left.insert(part);
                     gone.push(Gone::Part(token, part));
                 }
                 Some(_) => {}
@@ -197,6 +203,7 @@ mod tests {
         engines.join(E, P, 1, false).unwrap();
         engines.ended(E, 1);
         assert_eq!(engines.settle(Instant::now(), |_| true), [Gone::Part(E, P)]);
+        engines.bar(E, P);
         assert!(engines.join(E, P, 2, false).unwrap_err().contains("attach anew"));
         engines.join(E, PartId(1), 3, false).unwrap();
     }

@@ -232,7 +232,11 @@ impl Plane {
         let holders = &self.holders;
         for gone in self.engines.settle(now, |holder| holders.is_free(holder)) {
             match gone {
-                Gone::Part(engine, part) => self.store.part_writer_gone(engine, part),
+                Gone::Part(engine, part) => {
+                    if self.store.part_writer_gone(engine, part) > 0 {
+                        self.engines.bar(engine, part);
+                    }
+                }
                 Gone::Unjoined(engine) => self.close_unjoined(engine),
                 Gone::Engine(engine) => {
                     self.store.engine_gone(engine);
@@ -246,7 +250,7 @@ impl Plane {
     fn close_unjoined(&mut self, engine: EngineToken) {
         for part in (0..self.namespaces.most_parts()).map(PartId) {
             if !self.engines.has_joined(engine, part) {
-                self.store.part_writer_gone(engine, part);
+                let _ = self.store.part_writer_gone(engine, part);
             }
         }
     }

@@ -138,32 +138,57 @@ fn fits(file: &File, config: &ServerConfig, wanted: Geometry) -> Result<Layout, 
     Ok(layout)
 }
 
-impl SegmentFile {
-    /// Finds or makes the segment of a configuration, locks it and maps its table.
-    pub fn open(config: &ServerConfig, geometry: Geometry) -> Result<Self, ServerError> {
+/// A name that is this server's: its old file, if there was one, is locked, and nothing was changed yet.
+#[derive(Debug)]
+pub struct Claim {
+    path: PathBuf,
+    geometry: Geometry,
+    file: File,
+    found: Found,
+}
+
+impl Claim {
+    /// Finds and locks the segment of a configuration, or makes it where there is none.
+    pub fn new(config: &ServerConfig, geometry: Geometry) -> Result<Self, ServerError> {
         check_memory_fs(&config.arena_dir)?;
         let path = segment_path(&config.arena_dir, &config.name);
         loop {
-            let existing = lock_existing(&path, &config.name)?;
-            let found = match &existing {
-                None => Found::Nothing,
-                Some(file) => match fits(file, config, geometry) {
-                    Ok(_) => Found::Segment,
-                    Err(why) => Found::Replaced(why),
-                },
-            };
-            let file = match (existing, &found) {
-                (Some(file), Found::Segment) => file,
-                // The old file's lock is held until the new one has its name: nobody can take the name in between.
-                (old, _) => match make(&path, geometry, old.is_some())? {
-                    Some(file) => file,
+            let (file, found) = match lock_existing(&path, &config.name)? {
+                Some(file) => {
+                    let found = fits(&file, config, geometry).map_or_else(Found::Replaced, |_| Found::Segment);
+                    (file, found)
+                }
+                None => match make(&path, geometry, false)? {
+                    Some(file) => (file, Found::Nothing),
                     None => continue,
                 },
             };
-            return Self::take_over(path, file, geometry, found);
+            return Ok(Self { path, geometry, file, found });
         }
     }
 
+    /// Goes on with the file, or with a new one in its place. The old one's lock is held until the new one has its name.
+    pub fn open(self) -> Result<SegmentFile, ServerError> {
+        let Self { path, geometry, file, found } = self;
+        let file = match found {
+            Found::Replaced(_) => make(&path, geometry, true)?.ok_or_else(|| ServerError::Segment {
+                path: path.clone(),
+                why: "another process took its name; start again".into(),
+            })?,
+            Found::Nothing | Found::Segment => file,
+        };
+        SegmentFile::take_over(path, file, geometry, found)
+    }
+
+    /// The start failed before it came to `open`: a file made for it goes, one that was there stays.
+    pub fn give_up(self) {
+        if self.found == Found::Nothing {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+impl SegmentFile {
     fn take_over(path: PathBuf, file: File, geometry: Geometry, found: Found) -> Result<Self, ServerError> {
         let layout = Layout::new(geometry);
         let map = Mapping::new(&file, 0, layout.table_bytes(), Access::ReadWrite)
@@ -175,15 +200,23 @@ impl SegmentFile {
         header.server_epoch = u64::from_le_bytes(random::<8>()?) >> 1 | 1;
         header.server_pid = u64::from(std::process::id());
         header.server_start = start_time(std::process::id());
-        header.recoveries_begun += 1;
         table.set_header(&header);
         Ok(Self { path, file, table, found })
     }
 
+    /// Notes that recovery begins; one that never ends is seen by the next start.
+    pub fn recovering(&self) {
+        self.count_recoveries(|begun| begun + 1);
+    }
+
     /// Notes that recovery went through.
     pub fn recovered(&self) {
+        self.count_recoveries(|_| 0);
+    }
+
+    fn count_recoveries(&self, count: impl FnOnce(u64) -> u64) {
         if let Some(mut header) = self.table.header() {
-            header.recoveries_begun = 0;
+            header.recoveries_begun = count(header.recoveries_begun);
             self.table.set_header(&header);
         }
     }

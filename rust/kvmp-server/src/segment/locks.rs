@@ -58,13 +58,22 @@ fn byte_is_free(file: &File, offset: u64) -> io::Result<bool> {
 pub struct HolderLocks {
     file: File,
     next: u32,
+    /// Given out only when there is no other: whoever watches for their end must not take a new holder for the old.
+    spared: Vec<u32>,
 }
 
 impl HolderLocks {
     /// `file` must be a descriptor of the server's own, open for reading and writing.
     #[must_use]
     pub fn new(file: File) -> Self {
-        Self { file, next: 0 }
+        Self { file, next: 0, spared: Vec::new() }
+    }
+
+    /// Gives these entries out last.
+    #[must_use]
+    pub fn sparing(mut self, spared: Vec<u32>) -> Self {
+        self.spared = spared;
+        self
     }
 
     /// Whether the holder of an entry has closed it (or died). An entry that cannot be asked counts as held.
@@ -88,9 +97,11 @@ impl HolderLocks {
 
     /// Locks a free entry on a fresh open file description, which is what the client gets.
     pub fn take(&mut self, open: impl FnOnce() -> io::Result<OwnedFd>) -> io::Result<Option<(u32, OwnedFd)>> {
-        let Some(index) = (0..HOLDERS).map(|i| (self.next + i) % HOLDERS).find(|&i| self.is_free(i)) else {
-            return Ok(None);
+        let free = |spared: bool| {
+            let mut all = (0..HOLDERS).map(|i| (self.next + i) % HOLDERS);
+            all.find(|i| self.spared.contains(i) == spared && self.is_free(*i))
         };
+        let Some(index) = free(false).or_else(|| free(true)) else { return Ok(None) };
         let fd = open()?;
         self.next = (index + 1) % HOLDERS;
         Ok(try_lock(&fd, libc::F_RDLCK, holder_offset(index))?.then_some((index, fd)))
@@ -107,6 +118,15 @@ mod tests {
         file.as_file().set_len(1 << 20).unwrap();
         let path = file.path().to_owned();
         (file, move || OpenOptions::new().read(true).write(true).open(&path).unwrap())
+    }
+
+    #[test]
+    fn a_spared_entry_is_given_out_last() {
+        let (_file, open) = files();
+        let mut holders = HolderLocks::new(open()).sparing((0..HOLDERS - 1).collect());
+        let first = holders.take(|| Ok(open().into())).unwrap().unwrap();
+        let second = holders.take(|| Ok(open().into())).unwrap().unwrap();
+        assert_eq!((first.0, second.0), (HOLDERS - 1, 0));
     }
 
     #[test]

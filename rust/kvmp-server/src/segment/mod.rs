@@ -5,6 +5,6 @@ mod file;
 mod locks;
 mod table;
 
-pub use file::{Found, SegmentFile, boot_clock_ns, remove};
+pub use file::{Claim, Found, SegmentFile, boot_clock_ns, remove};
 pub use locks::HolderLocks;
 pub use table::SegmentTable;
