@@ -8,10 +8,10 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.logger import init_logger
 
+from kvmp.config import ConnectorConfig
 from kvmp.vllm import compat, unreachable
 from kvmp.vllm.guard import Guard
 from kvmp.vllm.metadata import PartMeta, StepMeta, WorkerReport
-from kvmp.vllm.options import parse_options
 from kvmp.vllm.scheduler import SchedulerSide
 from kvmp.vllm.stats import KvmpStats
 from kvmp.vllm.worker import WorkerSide
@@ -37,7 +37,7 @@ class KvmpConnector(KVConnectorBase_V1):
             ConnectError: `kvmp.on_unreachable` is "fail" and no server serves us.
         """
         super().__init__(vllm_config, role, kv_cache_config)
-        self._options = parse_options(self._kv_transfer_config.kv_connector_extra_config)
+        self._options = ConnectorConfig.read(self._kv_transfer_config.kv_connector_extra_config)
         unreachable.demand_server(self._options)
         self._stats = KvmpStats()
         self._guard = Guard(logger, self._stats)

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvmp import errors
+from kvmp.config import ConnectorConfig
 from kvmp.endpoint import start_command
 from kvmp.namespace import NamespaceSpec
 from kvmp.vllm import connecting
 from kvmp.vllm.metadata import NamespaceRef, SessionRef
-from kvmp.vllm.options import Options
 from kvmp.vllm.spec import SpecRefusedError
 from kvmp.vllm.unreachable import Spawner
 from kvmp.vllm.weights import adapter_digest
@@ -79,7 +79,7 @@ class Link:
 
     def __init__(
         self,
-        options: Options,
+        options: ConnectorConfig,
         make_spec: Callable[[], NamespaceSpec],
         logger: logging.Logger,
         *,
