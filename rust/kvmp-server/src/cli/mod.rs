@@ -97,6 +97,7 @@ impl From<serve::ServeArgs> for ConfigSource {
             ephemeral: args.ephemeral.then_some(true),
             fresh: args.fresh.then_some(true),
             allow_uid: (!args.allow_uid.is_empty()).then_some(args.allow_uid),
+            until_pid: args.until_pid,
         }
     }
 }
