@@ -91,6 +91,16 @@ class KvmpConnector(KVConnectorBase_V1):
                 "register_kv_caches", lambda: side.register(kv_caches), None, rescue=side.registration_failed
             )
 
+    def unregister_kv_caches(self) -> None:
+        """Keeps off the cache's memory, which goes while the engine sleeps (vLLM 0.33)."""
+        if (side := self._worker) is not None:
+            self._guard.run("unregister_kv_caches", side.sleep, None)
+
+    def restore_kv_caches(self) -> None:
+        """Uses the cache's memory again; it is where it was (vLLM 0.33)."""
+        if (side := self._worker) is not None:
+            self._guard.run("restore_kv_caches", side.wake, None)
+
     def get_handshake_metadata(self) -> PartMeta | None:
         """This rank's part, for the scheduler side."""
         if (side := self._worker) is None:

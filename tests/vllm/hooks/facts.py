@@ -38,7 +38,7 @@ def gather(version: str, tree: Tree, names: Iterable[str]) -> dict[str, Any]:
         "classes": {name: class_hooks(tree, module, name) for name, module in CLASSES.items()},
         "attributes": _attributes(tree, CLASSES["KVConnectorBase_V1"], "KVConnectorBase_V1"),
         "transfer_config": _fields(tree, *TRANSFER_CONFIG),
-        "names": {name: _exists(tree, name) for name in names},
+        "names": {name: exists(tree, name) for name in names},
     }
 
 
@@ -58,22 +58,21 @@ def _lines(value: Any, depth: tuple[str, ...], indent: str = "") -> str:
 # Hooks.
 
 
-def is_hook(name: str) -> bool:
-    """The constructor, whatever is public, and values that a subclass sets (they have one underscore)."""
-    return name == "__init__" or not (name.startswith("__") or name.startswith("_abc_"))
+def is_told(name: str, is_function: bool) -> bool:
+    """The constructor, whatever is public, and values with one underscore, which subclasses may set."""
+    if name.startswith(("__", "_abc_")):
+        return name == "__init__"
+    return not (is_function and name.startswith("_"))
 
 
 def class_hooks(tree: Tree, module: str, name: str) -> dict[str, Any]:
     """Name -> what it is, the subclass's last."""
     hooks = {}
     for node in tree.lineage(module, name):
-        hooks.update({name: _hook(statement) for name, statement in members(node) if _is_told(name, statement)})
+        for name, statement in members(node):
+            if is_told(name, isinstance(statement, Function)):
+                hooks[name] = _hook(statement)
     return hooks
-
-
-def _is_told(name: str, statement: ast.stmt) -> bool:
-    """Private methods are the base's own business; private values may be meant for subclasses."""
-    return is_hook(name) and not (isinstance(statement, Function) and name.startswith("_") and name != "__init__")
 
 
 def _hook(statement: ast.stmt) -> dict[str, Any]:
@@ -126,9 +125,8 @@ def _fields(tree: Tree, module: str, name: str) -> dict[str, str]:
     fields = {}
     for node in tree.lineage(module, name):
         for statement in node.body:
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                if "ClassVar" not in ast.unparse(statement.annotation):
-                    fields[statement.target.id] = "has a default" if _has_default(statement.value) else "required"
+            if isinstance(statement, ast.AnnAssign) and "ClassVar" not in ast.unparse(statement.annotation):
+                fields[ast.unparse(statement.target)] = "has a default" if _has_default(statement.value) else "required"
     return fields
 
 
@@ -141,7 +139,7 @@ def _has_default(value: ast.expr | None) -> bool:
 # Names that kvmp uses.
 
 
-def _exists(tree: Tree, name: str) -> bool | None:
+def exists(tree: Tree, name: str) -> bool | None:
     """Whether this dotted name is there; None for an attribute of an object, which sources do not tell."""
     owner, _, last = name.rpartition(".")
     if not owner:
