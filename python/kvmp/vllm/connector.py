@@ -8,7 +8,7 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.logger import init_logger
 
-from kvmp.vllm import compat
+from kvmp.vllm import compat, version
 from kvmp.vllm.guard import Guard
 from kvmp.vllm.metadata import PartMeta, StepMeta, WorkerReport
 from kvmp.vllm.options import parse_options
@@ -45,7 +45,7 @@ class KvmpConnector(KVConnectorBase_V1):
         self._guard.run("start", make, None)
 
     def _make_scheduler(self) -> None:
-        if warning := compat.version_warning():
+        if warning := version.unsupported():
             logger.warning(warning)
         side = SchedulerSide(self._vllm_config, self._kv_cache_config, self._options, logger, self._stats)
         if self._kv_transfer_config.kv_role != "kv_both":
