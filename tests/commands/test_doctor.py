@@ -61,9 +61,7 @@ def test_wrong_options_are_named() -> None:
         (lambda folder: machine.socket_folder(_open(folder)), Level.WARN, "written by others"),
     ],
 )
-def test_what_is_not_fine_is_seen(
-    tmp_path: Path, look: Callable[[Path], Finding], level: Level, text: str
-) -> None:
+def test_what_is_not_fine_is_seen(tmp_path: Path, look: Callable[[Path], Finding], level: Level, text: str) -> None:
     found = look(tmp_path)
     assert found.level is level
     assert text in found.says + found.mend
@@ -82,7 +80,7 @@ def _open(folder: Path) -> Path:
 
 @pytest.mark.parametrize(("version", "level"), [("0.28.1", Level.FAIL), ("0.30.0", Level.OK), ("0.34.0", Level.FAIL)])
 def test_vllms_version_is_judged(monkeypatch: pytest.MonkeyPatch, version: str, level: Level) -> None:
-    monkeypatch.setattr(software, "_version", lambda name: version if name == "vllm" else None)
+    monkeypatch.setattr(software.version, "installed", lambda: version)
     found = software.vllm()
     assert found.level is level
     assert version in found.says

@@ -107,23 +107,20 @@ def test_what_cannot_be_done_is_said(
     assert all(text in said for text in texts), said
 
 
-def test_a_size_that_is_none_is_refused_before_anything_starts(
-    capsys: pytest.CaptureFixture[str], nobody: str
-) -> None:
+def test_a_size_that_is_none_is_refused_before_anything_starts(capsys: pytest.CaptureFixture[str], nobody: str) -> None:
     assert vllm_serve.main(["serve", "m", "--kvmp-endpoint", nobody, "--kvmp-size", "much", "--dry-run"]) == 2
     assert "--kvmp-size" in capsys.readouterr().err
 
 
 def test_a_background_server_ends_with_the_process_it_serves(nobody: str) -> None:
-    watched = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    pid = background.start("64MiB", nobody, until_pid=watched.pid)
-    try:
-        assert pid is not None
-        assert os.getsid(pid) == pid
-    finally:
-        watched.kill()
-        watched.wait()
-    assert os.waitpid(pid, 0)[1] == 0
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as watched:
+        try:
+            server = background.start("64MiB", nobody, until_pid=watched.pid)
+            assert server is not None
+            assert os.getsid(server.pid) == server.pid
+        finally:
+            watched.kill()
+    assert server.wait(10) == 0
     segment = Path("/dev/shm/nobody.kvmp")
     assert segment.exists()
     segment.unlink()

@@ -56,8 +56,7 @@ def test_an_unclear_wish_is_said_and_changes_nothing(registry, monkeypatch, capl
 
 @pytest.mark.parametrize("other", [(0, 28), (0, 34)])
 def test_another_vllm_gets_one_line_and_no_connector(registry, monkeypatch, caplog_vllm, other):
-    monkeypatch.setattr(version, "VERSION", other)
-    monkeypatch.setattr(version, "TEXT", f"{other[0]}.{other[1]}.0", raising=False)
+    monkeypatch.setattr(version, "text", lambda: f"{other[0]}.{other[1]}.0")
     plugin.register()
     assert "KvmpConnector" not in registry
     (line,) = caplog_vllm.warnings()

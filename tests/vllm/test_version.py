@@ -5,7 +5,7 @@ import importlib.metadata
 import pytest
 import vllm
 
-from kvmp.vllm import version
+from kvmp.vllm import compat, version
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_one_that_cannot_be_told_is_not_warned_of(monkeypatch, distributions):
 
 
 def test_this_one_is_of_the_window():
-    assert version.WRITTEN_FOR[0] <= version.VERSION <= version.WRITTEN_FOR[1]
+    assert version.WRITTEN_FOR[0] <= compat.VERSION <= version.WRITTEN_FOR[1]
     assert version.unsupported() is None
 
 

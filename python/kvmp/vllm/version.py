@@ -18,6 +18,11 @@ def text() -> str | None:
     # A vLLM that was built without its version file calls itself "dev".
     if said and said != "dev":
         return str(said)
+    return installed()
+
+
+def installed() -> str | None:
+    """The version of the distribution that is installed, without importing it; None where there is none."""
     for name in _DISTRIBUTIONS:
         try:
             return importlib.metadata.version(name)
@@ -33,7 +38,7 @@ def number() -> tuple[int, int] | None:
 
 
 def unsupported() -> str | None:
-    """What to tell a user whose vLLM kvmp was not written for; None for one it was, and for one that says no version."""
+    """What to tell a user whose vLLM kvmp was not written for; None also for one that says no version."""
     first, last = WRITTEN_FOR
     this = number()
     if this is None or first <= this <= last:
@@ -42,7 +47,3 @@ def unsupported() -> str | None:
     return (
         f"kvmp: this is vLLM {text()}, and this kvmp is written for vLLM {span}; install one of those, or another kvmp"
     )
-
-
-# Where nothing says otherwise it is taken for the newest.
-VERSION = number() or WRITTEN_FOR[1]
