@@ -1,11 +1,9 @@
 """Connectors by name: lazy, refused by name, open to other packages."""
 
-import importlib
 import logging
 import subprocess
 import sys
 import threading
-import warnings
 from importlib.util import find_spec
 
 import pytest
@@ -231,9 +229,6 @@ Good.__abstractmethods__ = frozenset()
 
 @pytest.mark.skipif(_SPEC is None or _SPEC.origin is None, reason="vLLM is not installed")
 def test_create_makes_connectors_of_vllm_and_nothing_else(folder, monkeypatch):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch and vLLM warn of while they are imported is theirs
-        importlib.import_module("vllm.distributed.kv_transfer.kv_connector.v1.base")
     module(folder, monkeypatch, "created", CREATED)
     monkeypatch.setattr(factory, "_REGISTRY", fresh())
     for name in ("Plain", "Old", "Good"):
