@@ -12,6 +12,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from kvmp.config import ConfigError, KVTransferConfig, OffloadingConfig, translate
 
+# vLLM imports parts of itself while it makes a config; what torch warns of then is its own.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+
 CONNECTORS = ["OffloadingConnector", "SimpleCPUOffloadConnector", "LMCacheMPConnector", "NixlConnector"]
 HAS_OLD_FIELDS = "kv_ip" in TheirTransferConfig.__dataclass_fields__
 
