@@ -10,6 +10,8 @@ import fakes
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
+from kvmp.vllm import compat, connector
+
 WATCHDOG_S = 10.0
 PROMPT = list(range(18))  # four full blocks and a half
 
@@ -22,14 +24,22 @@ def until(condition, what: str) -> None:
         threading.Event().wait(0.002)
 
 
+def results_of(worker):
+    """What a worker has loaded, asked for as this vLLM's runner does: (ended, failed, blocks of failed loads)."""
+    if compat.TransferResults is None:
+        ended, failed = worker.get_finished(set())[1] or set(), set()
+    else:
+        results = worker.get_transfer_results(set())
+        ended, failed = results.finished_recving, results.failed_recving
+    return ended, failed, worker.get_block_ids_with_load_errors()
+
+
 class Engine:
     """`ranks` workers with tensors of their own."""
 
     def __init__(
         self, server, folder, monkeypatch, *, ranks=1, extra=None, num_blocks=100, attach=True, role="kv_both"
     ):
-        from kvmp.vllm import compat, connector
-
         self.server = server
         monkeypatch.setattr("kvmp.paged.PagedKV", fakes.FakePaged)
         monkeypatch.setattr("kvmp.vllm.connecting.client_connect", server.connect)
@@ -49,7 +59,7 @@ class Engine:
         self.scheduler.bind_gpu_block_pool(self.pool)
         parts = {(0, rank): worker.get_handshake_metadata() for rank, worker in enumerate(self.workers)}
         self.scheduler.set_xfer_handshake_metadata_pp_aware(pickle.loads(pickle.dumps(parts)))
-        self.recv, self.failed = {}, set()
+        self.recv, self.failed, self.tables = {}, set(), {}
         if attach:
             until(self.attached, "attached")
 
@@ -66,25 +76,27 @@ class Engine:
     def run_step(self, scheduler_output):
         """One step as vLLM makes it: metadata to every rank, their reports aggregated and taken in."""
         meta = pickle.loads(pickle.dumps(self.scheduler.build_connector_meta(scheduler_output)))
-        report, done, failed = None, set(), set()
+        report, done, invalid = None, set(), set()
         for worker in self.workers:
             worker.handle_preemptions(meta)
             worker.bind_connector_metadata(meta)
             worker.start_load_kv(None)
             worker.wait_for_save()
-            results = worker.get_transfer_results(set())
-            for req_id in results.finished_recving:
+            ended, failed, bad_blocks = results_of(worker)
+            for req_id in ended:
                 self.recv[req_id] = self.recv.get(req_id, 0) + 1
                 assert self.recv[req_id] <= len(self.workers), "a load was reported twice by a rank"
                 if self.recv[req_id] == len(self.workers):
                     done.add(req_id)
                     del self.recv[req_id]
-            self.failed |= results.failed_recving
+            # vLLM 0.29 is told of blocks only, and finds their requests itself.
+            self.failed |= failed | {req_id for req_id, table in self.tables.items() if bad_blocks & set(table)}
+            invalid |= bad_blocks
             part = pickle.loads(pickle.dumps(worker.build_connector_worker_meta()))
             report = part if report is None else report.aggregate(part) if part is not None else report
             worker.clear_connector_metadata()
         failed, self.failed = self.failed & done, self.failed - done
-        self.scheduler.update_connector_output(fakes.output(done, failed, report))
+        self.scheduler.update_connector_output(fakes.output(done, failed, report, invalid))
         return done, failed
 
     def drain(self) -> None:
@@ -118,6 +130,7 @@ class Engine:
 
     def load(self, req, table, tokens):
         """Admits the request with this load and steps until every rank has reported it."""
+        self.tables[req.request_id] = table
         self.scheduler.update_state_after_alloc(req, fakes.blocks_of(table), tokens)
         results = []
 

@@ -3,7 +3,7 @@
 import fakes
 import pytest
 import torch
-from engine import PROMPT, stored, until
+from engine import PROMPT, results_of, stored, until
 
 from kvmp.vllm.worker import WorkerSide
 
@@ -219,7 +219,7 @@ def test_store_of_another_server_epoch_is_not_begun(make, server):
     reports = []
 
     def reported():
-        worker.get_transfer_results(set())
+        results_of(worker)
         reports.append(worker.build_connector_worker_meta())
         return reports[-1] is not None
 

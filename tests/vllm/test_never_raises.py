@@ -125,7 +125,7 @@ def check(name, result):
 
 
 def test_the_reflection_finds_the_hooks():
-    assert {"get_num_new_matched_tokens", "build_connector_meta", "get_transfer_results", "start_load_kv"} <= set(HOOKS)
+    assert {"get_num_new_matched_tokens", "build_connector_meta", "get_finished", "start_load_kv"} <= set(HOOKS)
     assert {p.name for parameters in HOOKS.values() for p in parameters} <= set(ARGUMENTS)
 
 

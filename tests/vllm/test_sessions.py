@@ -2,7 +2,7 @@
 
 import fakes
 import pytest
-from engine import PROMPT, stored, until
+from engine import PROMPT, results_of, stored, until
 
 TABLE = [1, 2, 3, 4, 5]
 
@@ -44,7 +44,7 @@ def report_of(engine, meta):
     worker.wait_for_save()
 
     def reported():
-        worker.get_transfer_results(set())
+        results_of(worker)
         report = worker.build_connector_worker_meta()
         if report is not None:
             reports.append(report)

@@ -20,6 +20,7 @@ from kvmp import background
 from kvmp.client import Client
 from kvmp.commands.default_size import default_size
 from kvmp.config import ConfigError, ConnectorConfig, KVTransferConfig, OffloadingConfig, translate
+from kvmp.config.size import parse_size
 from kvmp.endpoint import start_command
 from kvmp.errors import ConnectError, KvmpError
 
@@ -55,6 +56,7 @@ def _main(arguments: Sequence[str]) -> int:
             raise _UsageError(f"not a command: {shlex.join(['kvmp', 'vllm', *arguments])}; there is `serve` only")
         flags = arguments
     ours, vllm_flags = _parser().parse_known_args(flags)
+    _check_size(ours.kvmp_size)
     transfer, vllm_flags = _take_transfer(vllm_flags)
     config = ConnectorConfig.read(_extra(transfer, ours.kvmp_endpoint))
     serve = [*_vllm_serve(vllm_flags), _TRANSFER_FLAG, _transfer_json(transfer, config)]
@@ -86,6 +88,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands instead of running them")
     return parser
+
+
+def _check_size(size: str | None) -> None:
+    if size is None:
+        return
+    try:
+        parse_size(size)
+    except ValueError as error:
+        raise _UsageError(f"--kvmp-size: {error}") from None
 
 
 # The connector's settings.

@@ -1,40 +1,22 @@
-"""Where vLLM 0.29 to 0.33 differ: the only file that looks at vLLM's version or probes for what a version has."""
+"""Where vLLM 0.29 to 0.33 differ: the only file that probes for what a version has; `version.py` says which it is."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Iterable
 from typing import Any
 
-import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.v1 import kv_cache_interface
 
-
-def _version() -> tuple[int, int]:
-    match = re.match(r"(\d+)\.(\d+)", vllm.__version__)
-    return (int(match[1]), int(match[2])) if match else (0, 0)
-
-
-VERSION = _version()
-WRITTEN_FOR = ((0, 29), (0, 33))
+from kvmp.vllm.version import VERSION
 
 # 0.30+ reports a failed load by request; 0.29 knows failed blocks only.
 TransferResults = getattr(base, "KVConnectorTransferResults", None)
 
 # Exact types: a subclass may keep its blocks by another rule than "every block of the prefix".
 _KNOWN_LAYER_SPECS = (kv_cache_interface.FullAttentionSpec, kv_cache_interface.MLAAttentionSpec)
-
-
-def version_warning() -> str | None:
-    """What to tell a user whose vLLM this connector was not written for."""
-    first, last = WRITTEN_FOR
-    if VERSION == (0, 0) or first <= VERSION <= last:
-        return None
-    span = f"{first[0]}.{first[1]} to {last[0]}.{last[1]}"
-    return f"kvmp: this connector is written for vLLM {span}, this is {vllm.__version__}; it may not work"
 
 
 def host_hit_source() -> Any:

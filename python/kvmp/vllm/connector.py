@@ -9,7 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.logger import init_logger
 
 from kvmp.config import ConnectorConfig
-from kvmp.vllm import compat, unreachable
+from kvmp.vllm import compat, unreachable, version
 from kvmp.vllm.guard import Guard
 from kvmp.vllm.metadata import PartMeta, StepMeta, WorkerReport
 from kvmp.vllm.scheduler import SchedulerSide
@@ -47,7 +47,7 @@ class KvmpConnector(KVConnectorBase_V1):
         self._guard.run("start", make, None)
 
     def _make_scheduler(self) -> None:
-        if warning := compat.version_warning():
+        if warning := version.unsupported():
             logger.warning(warning)
         side = SchedulerSide(self._vllm_config, self._kv_cache_config, self._options, logger, self._stats)
         if self._kv_transfer_config.kv_role != "kv_both":
@@ -92,6 +92,16 @@ class KvmpConnector(KVConnectorBase_V1):
             self._guard.run(
                 "register_kv_caches", lambda: side.register(kv_caches), None, rescue=side.registration_failed
             )
+
+    def unregister_kv_caches(self) -> None:
+        """Keeps off the cache's memory, which goes while the engine sleeps (vLLM 0.33)."""
+        if (side := self._worker) is not None:
+            self._guard.run("unregister_kv_caches", side.sleep, None)
+
+    def restore_kv_caches(self) -> None:
+        """Uses the cache's memory again; it is where it was (vLLM 0.33)."""
+        if (side := self._worker) is not None:
+            self._guard.run("restore_kv_caches", side.wake, None)
 
     def get_handshake_metadata(self) -> PartMeta | None:
         """This rank's part, for the scheduler side."""

@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +59,10 @@ class Ended:
     closed: set[int] = field(default_factory=set)
 
 
+class SuspendedError(Exception):
+    """No copy may touch the tensors now."""
+
+
 class Copier:
     """Runs copies beside the engine's thread, which only queues jobs and collects what has ended."""
 
@@ -84,6 +89,8 @@ class Copier:
         self._news = False
         self._ended = Ended()
         self._stopping = False
+        self._suspended = False
+        self._copying = False
         self._seen: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="kvmp-copy", daemon=True)
         self._thread.start()
@@ -124,6 +131,21 @@ class Copier:
         with self._condition:
             ended, self._ended = self._ended, Ended()
             return ended
+
+    def suspend(self) -> None:
+        """Touches no tensor from now on: their memory is about to go. Returns when the copy under way has ended.
+
+        That wait has no bound, because a copy that goes on would read memory that is not there; it is one job's bytes.
+        Until `resume`, loads fail and stores are aborted.
+        """
+        with self._condition:
+            self._suspended = True
+            self._condition.wait_for(lambda: not self._copying)
+
+    def resume(self) -> None:
+        """Copies again: the tensors have memory at the addresses they had."""
+        with self._condition:
+            self._suspended = False
 
     def stop(self) -> None:
         """Ends the thread after the copy under way."""
@@ -209,7 +231,8 @@ class Copier:
     def _run_load(self, job: LoadJob) -> None:
         good = False
         try:
-            good = self._load(job)
+            with contextlib.suppress(SuspendedError):  # No fault: reported failed, the request is recomputed.
+                good = self._load(job)
         except BaseException as error:
             self._note("a load failed", error)
         finally:  # A job that is never reported would hang its request.
@@ -231,7 +254,8 @@ class Copier:
         for at in self._pieces(len(job.block_ids)):
             if job.req_id in self._cancelled:
                 return False
-            ok = self._paged.load(client, namespace, job.block_ids[at], job.slots[at], job.words[at])
+            with self._on_tensors():
+                ok = self._paged.load(client, namespace, job.block_ids[at], job.slots[at], job.words[at])
             if not np.all(ok):
                 return False
         return job.req_id not in self._cancelled
@@ -269,13 +293,30 @@ class Copier:
     def _copied(self, client: Any, namespace: Any, job: StoreJob) -> bool:
         try:
             for at in self._pieces(len(job.block_ids)):
-                self._paged.store(
-                    client, namespace, job.block_ids[at], job.slots[at], server_epoch=job.session.server_epoch
-                )
+                with self._on_tensors():
+                    self._paged.store(
+                        client, namespace, job.block_ids[at], job.slots[at], server_epoch=job.session.server_epoch
+                    )
+        except SuspendedError:
+            return False
         except BaseException as error:
             self._note("a copy failed", error)
             return False
         return True
+
+    @contextlib.contextmanager
+    def _on_tensors(self) -> Iterator[None]:
+        """A copy that `suspend` waits for; none begins while the cache has no memory."""
+        with self._condition:
+            if self._suspended:
+                raise SuspendedError("the engine sleeps, its KV cache has no memory")
+            self._copying = True
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._copying = False
+                self._condition.notify_all()
 
     def _is_void(self, job: StoreJob) -> bool:
         return job.job_id < self._void_below

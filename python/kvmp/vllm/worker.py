@@ -37,6 +37,7 @@ class WorkerSide:
         self._new_stores: list[StoreJob] = []
         self._doomed: list[LoadJob] = []
         self._unreported = WorkerReport()
+        self._asleep = False
         self._failed_blocks: set[int] = set()
 
     def use_connect(self, connect: Any) -> None:
@@ -84,6 +85,18 @@ class WorkerSide:
         layout = getattr(self._kv_cache_config, "kv_cache_layout", None)
         return json.dumps({"packing": sorted(packings), "kv_cache_layout": str(layout)}, sort_keys=True)
 
+    def sleep(self) -> None:
+        """Keeps every copy off the cache, whose memory goes; its addresses stay."""
+        self._asleep = True
+        if self._copier is not None:
+            self._copier.suspend()
+
+    def wake(self) -> None:
+        """Copies again: vLLM has put memory behind the same addresses, so nothing is described anew."""
+        self._asleep = False
+        if self._copier is not None:
+            self._copier.resume()
+
     def shutdown(self) -> None:
         """Lets the copy under way end, then leaves the server."""
         if self._copier is not None:
@@ -125,6 +138,8 @@ class WorkerSide:
         if self._copier is None:
             membership = Membership(self._part, self._layout_json, self._options.socket_dir, connect=self._connect)
             self._copier = Copier(self._paged, membership, self._logger, self._stats)
+            if self._asleep:
+                self._copier.suspend()
         return self._copier
 
     def transfers(self) -> tuple[set[str], set[str]]:

