@@ -13,7 +13,7 @@ if _sys.platform != "linux":
     )
 
 if _TYPE_CHECKING:
-    from . import core, errors, paged
+    from . import config, core, errors, paged
     from .client import Answer, Client, ReadLease, WriteLease
     from .errors import KvmpError
     from .namespace import GroupSpec, NamespaceSpec, PartSpec
@@ -34,6 +34,7 @@ __all__ = [
     "Server",
     "WriteLease",
     "__version__",
+    "config",
     "core",
     "errors",
     "launch",
@@ -53,7 +54,7 @@ _HOME = {
     "Server": "server",
     "launch": "server",
 }
-_MODULES = ("core", "errors", "paged")
+_MODULES = ("config", "core", "errors", "paged")
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,4 @@
-"""The one tree of exceptions; the classes are made in Rust.
+"""The one tree of exceptions; the classes are made in Rust, but for `ConfigError`.
 
 ::
 
@@ -11,7 +11,8 @@
     ├── NamespaceError    spec, digest or part layout refused; slot larger than a chunk; namespace table full
     ├── LeaseError        unknown or ended lease, another's part, another life of the server
     ├── SegmentError      the server's memory cannot be mapped, or is not what it says
-    └── InvalidInput      also a ValueError: a bad argument (shape, dtype, range), named
+    ├── InvalidInput      also a ValueError: a bad argument (shape, dtype, range), named
+    └── ConfigError       also a ValueError: a setting unknown or wrong, named with its source and what is allowed
 """
 
 from ._kvmp import (
@@ -30,6 +31,7 @@ from ._kvmp import (
 __all__ = [
     "BoundExceeded",
     "Busy",
+    "ConfigError",
     "ConnectError",
     "InvalidInput",
     "KvmpError",
@@ -39,3 +41,7 @@ __all__ = [
     "SegmentError",
     "ServerLost",
 ]
+
+
+class ConfigError(KvmpError, ValueError):
+    """A setting is unknown or wrong; the text names its source, what was given and what is allowed."""

@@ -61,7 +61,7 @@ class Server:
     def wait_ready(self, timeout_s: float) -> None:
         """Return once the server answers a hello; ``KvmpError`` with its last lines when it ends or stays silent."""
         deadline = time.monotonic() + timeout_s
-        while not _answers(self.endpoint, deadline - time.monotonic()):
+        while not answers(self.endpoint, deadline - time.monotonic()):
             if self.process.poll() is not None:
                 raise KvmpError(
                     f"kvmp serve ended with code {self.process.returncode} before it was ready:\n{self._tail()}"
@@ -124,7 +124,7 @@ def launch(
     removes its segment when it ends. ``env`` is added to this process's environment. Raises ``KvmpError`` with the
     server's last lines when it is not ready within ``timeout_s`` seconds.
     """
-    if socket is not None and _answers(f"unix:{os.fspath(socket)}", timeout_s):
+    if socket is not None and answers(f"unix:{os.fspath(socket)}", timeout_s):
         raise KvmpError(f"a server already answers at {os.fspath(socket)}: stop it, or give launch() another socket")
     name = name or f"launch-{os.getpid()}-{secrets.token_hex(4)}"
     folder = Path(tempfile.mkdtemp(prefix="kvmp-"))
@@ -159,7 +159,8 @@ def _flags(options: Mapping[str, object]) -> list[str]:
     return [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
 
 
-def _answers(endpoint: str, timeout_s: float) -> bool:
+def answers(endpoint: str, timeout_s: float) -> bool:
+    """Whether a server takes a hello at ``endpoint`` within ``timeout_s`` seconds."""
     try:
         Client.connect(endpoint, role="tool", timeout_ms=max(1, int(timeout_s * 1000))).close()
     except ConnectError:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from kvmp.client import Answer
-from kvmp.errors import BoundExceeded, Busy, ConnectError, LeaseError, NamespaceError, ServerLost
+from kvmp.errors import BoundExceeded, Busy, ConnectError, LeaseError, NamespaceError, NoServer, ServerLost
 
 BLOCK = 4  # tokens a block
 
@@ -47,7 +47,7 @@ class FakeServer:
 
     def connect(self, endpoint, *, role, engine_token=None, part=None, socket_dir=None, timeout_ms=1000):
         if self.gone:
-            raise ConnectError(f"nobody listens at {endpoint}")
+            raise NoServer(f"nobody listens at {endpoint}")
         if role == "worker" and (engine_token, part) in self.closed_parts:
             raise ConnectError(f"{endpoint} refused: engine {engine_token:016x} cannot be joined: its part was closed")
         return FakeClient(self, engine_token if role == "worker" else next(self.tokens), part)

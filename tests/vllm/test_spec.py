@@ -8,9 +8,9 @@ import fakes
 import pytest
 import torch
 
+from kvmp.config import ConnectorConfig
 from kvmp.vllm import compat, spec
 from kvmp.vllm.metadata import PartMeta
-from kvmp.vllm.options import parse_options
 from kvmp.vllm.stats import KvmpStats
 from kvmp.vllm.weights import adapter_digest, local_weights_digest
 from kvmp.vllm.worker import WorkerSide
@@ -149,7 +149,7 @@ def test_a_large_model_fits_a_namespace_entry(model, monkeypatch):
     given = {}
     for rank in range(8):
         monkeypatch.setattr(compat, "rank_in_engine", lambda rank=rank: (0, rank))
-        side = WorkerSide(config, cache, parse_options({}, {}), logging.getLogger("test"), KvmpStats())
+        side = WorkerSide(config, cache, ConnectorConfig(), logging.getLogger("test"), KvmpStats())
         side.register({f"model.layers.{i}.self_attn.attn": torch.zeros((8, 2, 4, 32)) for i in range(80)})
         given[0, rank] = side.part()
         assert given[0, rank].block_bytes == 80 * 2 * 4 * 32 * 4

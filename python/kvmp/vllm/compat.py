@@ -10,7 +10,10 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.v1 import kv_cache_interface
 
-from kvmp.vllm.version import VERSION
+from kvmp.vllm import version
+
+# Where nothing says which it is, nothing is relied on that the oldest lacks.
+VERSION = version.number() or version.WRITTEN_FOR[0]
 
 # 0.30+ reports a failed load by request; 0.29 knows failed blocks only.
 TransferResults = getattr(base, "KVConnectorTransferResults", None)

@@ -8,10 +8,10 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.logger import init_logger
 
-from kvmp.vllm import compat, version
+from kvmp.config import ConnectorConfig
+from kvmp.vllm import compat, unreachable, version
 from kvmp.vllm.guard import Guard
 from kvmp.vllm.metadata import PartMeta, StepMeta, WorkerReport
-from kvmp.vllm.options import parse_options
 from kvmp.vllm.scheduler import SchedulerSide
 from kvmp.vllm.stats import KvmpStats
 from kvmp.vllm.worker import WorkerSide
@@ -22,9 +22,9 @@ logger: logging.Logger = init_logger("vllm.kvmp")
 class KvmpConnector(KVConnectorBase_V1):
     """A best-effort KV cache beside vLLM, shared by every engine of the node and outliving each of them.
 
-    Configure it with ``kv_connector="KvmpConnector"``, ``kv_connector_module_path="kvmp.vllm.connector"`` and
-    ``kv_role="kv_both"``; the server is named by ``kvmp.endpoint`` in ``kv_connector_extra_config`` or by
-    ``KVMP_ENDPOINT``. It never raises into the engine: what fails becomes "no hit" or "not stored".
+    Configure it with ``kv_connector="KvmpConnector"`` and ``kv_role="kv_both"``; where vLLM's plugins are switched off
+    also with ``kv_connector_module_path="kvmp.vllm.connector"``. `kvmp.config.ConnectorConfig` has what may be set. It
+    never raises into the engine: what fails becomes "no hit" or "not stored".
     """
 
     # Where hits come from, for vLLM's metrics (0.32+).
@@ -34,9 +34,11 @@ class KvmpConnector(KVConnectorBase_V1):
         """
         Raises:
             ValueError: a setting is unknown or wrong; a start with it would not do what the user asked for.
+            ConnectError: `kvmp.on_unreachable` is "fail" and no server serves us.
         """
         super().__init__(vllm_config, role, kv_cache_config)
-        self._options = parse_options(self._kv_transfer_config.kv_connector_extra_config)
+        self._options = ConnectorConfig.read(self._kv_transfer_config.kv_connector_extra_config)
+        unreachable.demand_server(self._options)
         self._stats = KvmpStats()
         self._guard = Guard(logger, self._stats)
         self._scheduler: SchedulerSide | None = None

@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvmp import errors
+from kvmp.config import ConnectorConfig
+from kvmp.endpoint import start_command
 from kvmp.namespace import NamespaceSpec
 from kvmp.vllm import connecting
 from kvmp.vllm.metadata import NamespaceRef, SessionRef
-from kvmp.vllm.options import Options
 from kvmp.vllm.spec import SpecRefusedError
+from kvmp.vllm.unreachable import Spawner
 from kvmp.vllm.weights import adapter_digest
 
 # A hang-up is seen at the latest this much later; a missed bound wakes the thread at once. Seconds.
@@ -77,7 +79,7 @@ class Link:
 
     def __init__(
         self,
-        options: Options,
+        options: ConnectorConfig,
         make_spec: Callable[[], NamespaceSpec],
         logger: logging.Logger,
         *,
@@ -96,6 +98,7 @@ class Link:
         self._logger = logger
         self._connect = connect or connecting.client_connect
         self._switch_off = switch_off
+        self._spawner = Spawner(options, logger)
         self._wake = threading.Event()
         self._lock = threading.Lock()
         self._stopping = False
@@ -214,9 +217,7 @@ class Link:
     def _attach(self) -> None:
         if self._spec is None:
             self._spec = self._make_spec()
-        client = self._connect(
-            self._options.endpoint, role="scheduler", socket_dir=self._options.socket_dir, timeout_ms=_CONNECT_MS
-        )
+        client = self._reach()
         ref = SessionRef(client.endpoint, client.engine_token, client.server_epoch, client.segment_id)
         with self._lock:
             self._session = Session(client, ref)
@@ -226,6 +227,19 @@ class Link:
         self._open_one(self._session, self._spec, None)
         self._up, self._warned = True, False
         self._logger.info("kvmp: attached to %s", ref.endpoint)
+
+    def _reach(self) -> Any:
+        try:
+            return self._dial()
+        except errors.NoServer:
+            if not self._spawner.start():
+                raise
+            return self._dial()
+
+    def _dial(self) -> Any:
+        return self._connect(
+            self._options.endpoint, role="scheduler", socket_dir=self._options.socket_dir, timeout_ms=_CONNECT_MS
+        )
 
     def _revive(self) -> None:
         self._up = False
@@ -255,10 +269,10 @@ class Link:
         if self._warned:
             return
         self._warned = True
-        if isinstance(error, errors.ConnectError):
+        if isinstance(error, errors.NoServer):
             text = (
                 "kvmp: no server at %s (%s); the engine runs without its cache and attaches when one comes. "
-                "Start one: kvmp serve --size 4GiB"
+                f"Start one: {start_command(self._options.endpoint)}"
             )
         else:
             text = "kvmp: %s does not serve this engine (%s); it runs without its cache, and tries again by itself"

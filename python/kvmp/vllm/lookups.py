@@ -9,8 +9,8 @@ from __future__ import annotations
 import time
 
 from kvmp import errors
+from kvmp.config import ConnectorConfig
 from kvmp.vllm.link import Link
-from kvmp.vllm.options import Options
 from kvmp.vllm.request_state import Answer, RequestState, hash_array
 from kvmp.vllm.stats import KvmpStats
 
@@ -21,7 +21,7 @@ LEASE_USE_S = 50.0
 class Lookups:
     """Answers how much of a request's prompt is in the cache."""
 
-    def __init__(self, link: Link, options: Options, block_tokens: int, stats: KvmpStats, clock=time.monotonic):
+    def __init__(self, link: Link, options: ConnectorConfig, block_tokens: int, stats: KvmpStats, clock=time.monotonic):
         self._link = link
         self._options = options
         self._block_tokens = block_tokens

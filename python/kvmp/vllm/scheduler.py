@@ -6,12 +6,12 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from kvmp.config import ConnectorConfig
 from kvmp.vllm import compat
 from kvmp.vllm.link import Adapter, Link
 from kvmp.vllm.loads import Loads
 from kvmp.vllm.lookups import Lookups
 from kvmp.vllm.metadata import PartMeta, StepMeta, WorkerReport
-from kvmp.vllm.options import Options
 from kvmp.vllm.request_state import RequestState
 from kvmp.vllm.spec import SpecRefusedError, build_spec, ordered_parts
 from kvmp.vllm.stats import KvmpStats
@@ -22,7 +22,7 @@ class SchedulerSide:
     """One engine's scheduler, from the workers' hand-shake to shutdown."""
 
     def __init__(
-        self, vllm_config: Any, kv_cache_config: Any, options: Options, logger: logging.Logger, stats: KvmpStats
+        self, vllm_config: Any, kv_cache_config: Any, options: ConnectorConfig, logger: logging.Logger, stats: KvmpStats
     ):
         self._vllm_config = vllm_config
         self._options = options

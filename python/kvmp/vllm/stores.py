@@ -16,10 +16,10 @@ import numpy as np
 
 from kvmp import errors
 from kvmp.client import Answer
+from kvmp.config import ConnectorConfig
 from kvmp.vllm.guard import ENDS_THE_PROCESS
 from kvmp.vllm.link import Link, OpenNamespace
 from kvmp.vllm.metadata import NamespaceRef, Refusal, SessionRef, StoreJob, WorkerReport
-from kvmp.vllm.options import Options
 from kvmp.vllm.pins import Pins
 from kvmp.vllm.request_state import RequestState, hash_array
 from kvmp.vllm.stats import KvmpStats
@@ -54,7 +54,7 @@ class Stores:
     def __init__(
         self,
         link: Link,
-        options: Options,
+        options: ConnectorConfig,
         stats: KvmpStats,
         logger: logging.Logger,
         parts: int,

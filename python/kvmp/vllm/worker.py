@@ -7,11 +7,11 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from kvmp.config import ConnectorConfig
 from kvmp.vllm import compat
 from kvmp.vllm.copier import Copier, Ended
 from kvmp.vllm.joined import Membership
 from kvmp.vllm.metadata import LoadJob, PartMeta, StepMeta, StoreJob, WorkerReport
-from kvmp.vllm.options import Options
 from kvmp.vllm.spec import canonical, layout_digest
 from kvmp.vllm.stats import KvmpStats
 
@@ -20,7 +20,7 @@ class WorkerSide:
     """One rank's worker, from registration to shutdown. It makes no contact before its scheduler has a session."""
 
     def __init__(
-        self, vllm_config: Any, kv_cache_config: Any, options: Options, logger: logging.Logger, stats: KvmpStats
+        self, vllm_config: Any, kv_cache_config: Any, options: ConnectorConfig, logger: logging.Logger, stats: KvmpStats
     ):
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config

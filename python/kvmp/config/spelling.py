@@ -1,0 +1,55 @@
+"""Which name a mistaken one was meant to be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from difflib import SequenceMatcher, get_close_matches
+
+from .setting import PREFIX
+
+_HEAD_AND_TAIL = re.compile(r"([A-Za-z0-9]+)[._:/ -]+(.*)", re.DOTALL)
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """The known name that is most like this one; empty when none is like it."""
+    return next(iter(get_close_matches(name, known, n=1, cutoff=cutoff)), "")
+
+
+def did_you_mean(name: str) -> str:
+    """The middle of an error's text, which ends its sentence."""
+    return f"; did you mean {name!r}?" if name else "."
+
+
+def meant_key(key: object, known: Collection[str]) -> str | None:
+    """The ``kvmp.*`` key that another key of the extra config is plainly meant to be.
+
+    A known key without its prefix, or with a near miss of the prefix. ``""`` for a key with kvmp's own prefix that is
+    like no known one; ``None`` for a key that belongs to someone else.
+    """
+    if not isinstance(key, str):
+        return None
+    if PREFIX + key in known:
+        return PREFIX + key
+    head, tail = _split(key)
+    if head == "kvmp":
+        return nearest(PREFIX + tail, known)
+    if SequenceMatcher(None, head, "kvmp").ratio() >= 0.75:
+        return nearest(PREFIX + tail, known, cutoff=0.9) or None
+    return nearest(key.lower(), known, cutoff=0.9) or None
+
+
+def meant_variable(variable: str, known: Collection[str]) -> str:
+    """The known variable that another is a near miss of; empty when there is none, or when it is known itself.
+
+    Only names that start with the letters of KVMP are looked at, in any order: others' variables may be like ours.
+    """
+    head, _ = _split(variable)
+    if variable in known or sorted(head) != sorted("kvmp"):
+        return ""
+    return nearest(variable.upper(), known, cutoff=0.85)
+
+
+def _split(name: str) -> tuple[str, str]:
+    match = _HEAD_AND_TAIL.fullmatch(name)
+    return (match[1].lower(), match[2].lower()) if match else ("", "")

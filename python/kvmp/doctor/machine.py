@@ -1,0 +1,115 @@
+"""The machine: shared memory, memory, limits, huge pages, the folder of the socket."""
+
+import os
+import resource
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from .finding import Finding, fail, ok, warn
+
+ARENA_DIR = Path("/dev/shm")
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_GIB = 1 << 30
+_LEAST_SHM = _GIB  # Docker's default is 64 MiB, which holds a few hundred tokens of a large model
+_LEAST_FILES = 1024
+
+
+def check() -> Iterator[Finding]:
+    """Every check of the machine."""
+    yield shared_memory()
+    yield memory()
+    yield from limits()
+    yield huge_pages()
+    yield socket_folder()
+
+
+def gib(count: int) -> str:
+    """Bytes for a person."""
+    return f"{count / _GIB:.1f} GiB"
+
+
+def shared_memory(folder: Path = ARENA_DIR) -> Finding:
+    what = "shared memory"
+    if not folder.is_dir():
+        return fail(what, f"{folder} is missing", f"mount -t tmpfs -o size=50% tmpfs {folder}")
+    if not os.access(folder, os.W_OK):
+        return fail(what, f"{folder} cannot be written by uid {os.geteuid()}", f"chmod 1777 {folder} (as root)")
+    there = os.statvfs(folder)
+    size, free = there.f_blocks * there.f_frsize, there.f_bavail * there.f_frsize
+    says = f"{folder}: {gib(free)} free of {gib(size)}"
+    if size < _LEAST_SHM:
+        mend = f"docker run --shm-size=16g, or as root: mount -o remount,size=50% {folder}"
+        return fail(what, f"{says}; the arena lies there", mend)
+    return ok(what, says)
+
+
+def memory(limit: Path = CGROUP_LIMIT) -> Finding:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    says = f"{gib(total)}, {gib(free)} of it unused"
+    text = limit.read_text().strip() if limit.exists() else "max"
+    if text.isdigit():
+        return ok("memory", f"{says}; this cgroup may use {gib(int(text))}, shared memory included")
+    return ok("memory", says)
+
+
+def limits() -> Iterator[Finding]:
+    """Limits of this process, which a server or an engine started from the same shell would have."""
+    files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    says = f"{_bound(files)}, at most {_bound(hard)}"
+    if hard != resource.RLIM_INFINITY and hard < _LEAST_FILES:
+        yield warn("open files", f"{says}; a session takes a few", "ulimit -Hn 65536, or LimitNOFILE= of the service")
+    else:
+        yield ok("open files", says)
+    size = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if size == resource.RLIM_INFINITY:
+        yield ok("file size", "no limit")
+    else:
+        yield fail("file size", f"at most {size} bytes; the segment is one file", "ulimit -f unlimited")
+    space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if space == resource.RLIM_INFINITY:
+        yield ok("address space", "no limit")
+    else:
+        yield warn("address space", f"at most {gib(space)}; every process maps the whole arena", "ulimit -v unlimited")
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    yield ok("locked memory", f"{_bound(locked)} (bytes; only a GPU's registration of the arena asks for it)")
+
+
+def _bound(value: int) -> str:
+    return "no limit" if value == resource.RLIM_INFINITY else str(value)
+
+
+def huge_pages(setting: Path = HUGE_PAGES) -> Finding:
+    try:
+        text = setting.read_text()
+    except OSError:
+        return ok("huge pages", "this kernel has none for shared memory; 4 KiB pages serve")
+    chosen = text.partition("[")[2].partition("]")[0]
+    if chosen in ("always", "within_size", "force"):
+        return ok("huge pages", f"on for shared memory ({chosen})")
+    return ok("huge pages", f"off for shared memory ({chosen}); fewer page faults with: echo within_size > {setting}")
+
+
+def socket_folder(folder: Path | None = None) -> Finding:
+    what = "socket folder"
+    folder = folder or default_socket_folder()
+    try:
+        there = folder.lstat()
+    except FileNotFoundError:
+        return ok(what, f"{folder} is made by the first server")
+    mend = f"rm -rf {folder}, or serve with --socket PATH and name it in kvmp.endpoint"
+    if not stat.S_ISDIR(there.st_mode):
+        return fail(what, f"{folder} is not a folder", mend)
+    if there.st_uid not in (os.geteuid(), 0):
+        return fail(what, f"{folder} belongs to uid {there.st_uid}, this is uid {os.geteuid()}", mend)
+    if there.st_mode & 0o022:
+        return warn(what, f"{folder} can be written by others", f"chmod go-w {folder}")
+    return ok(what, f"{folder}, mode {stat.S_IMODE(there.st_mode):04o}")
+
+
+def default_socket_folder() -> Path:
+    """Where ``kvmp serve`` makes its socket when it is given no path."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(runtime) / "kvmp" if runtime and Path(runtime).is_dir() else Path(f"/tmp/kvmp-{os.geteuid()}")

@@ -1,0 +1,64 @@
+"""Whether an engine would find what the server holds: its facts beside those of each open namespace."""
+
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from typing import Any
+
+from kvmp.client import Client
+
+from .finding import Finding, fail, ok, warn
+
+_WHAT = "namespace"
+# Known only when the engine runs: each worker's layout. The server compares it when the engine attaches.
+_NOT_COMPARED = ("workers",)
+
+
+def check(client: Client, flags: Sequence[str]) -> Iterator[Finding]:
+    """Compares the engine that ``vllm serve FLAGS`` would be with the namespaces that the server knows."""
+    try:
+        model, facts = engine(flags)
+    except (Exception, SystemExit) as error:  # whatever vLLM refuses the flags for
+        yield fail(_WHAT, f"vLLM does not take {' '.join(flags)}: {error}", "call it with flags that vLLM starts with")
+        return
+    yield compare(model, facts, [entry["spec"] for entry in client.namespaces()])
+
+
+def engine(flags: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The model and the facts of the engine that vLLM makes of ``flags``."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from kvmp.vllm.spec import engine_facts
+
+    logging.disable(logging.INFO)
+    with redirect_stdout(io.StringIO()):
+        parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(list(flags))
+        config = EngineArgs.from_cli_args(parsed).create_engine_config()
+    return config.model_config.model, engine_facts(config, config.cache_config.block_size)
+
+
+def compare(model: str, facts: Mapping[str, Any], specs: Sequence[Mapping[str, Any]]) -> Finding:
+    """The finding for an engine with these facts."""
+    plain = [spec for spec in specs if not spec.get("salt") and "adapter_sha256" not in spec["facts"]]
+    same_model = [spec for spec in plain if spec["model"] == model]
+    if not same_model:
+        return ok(_WHAT, f"the server holds nothing of {model} yet; the first engine will fill it")
+    nearest = min((differences(spec["facts"], facts) for spec in same_model), key=len)
+    if not nearest:
+        return ok(_WHAT, f"this engine's configuration matches an open namespace of {model}")
+    told = "; ".join(f"{path}: there {there!r}, here {here!r}" for path, there, here in nearest)
+    return warn(_WHAT, f"no namespace of {model} matches: {told}", "start the engines with the same settings to share")
+
+
+def differences(there: Any, here: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """Paths at which two trees of facts differ, with both values."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        keys = sorted((set(there) | set(here)) - (set() if path else set(_NOT_COMPARED)))
+        return [
+            found
+            for key in keys
+            for found in differences(there.get(key), here.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if there == here else [(path, there, here)]

@@ -1,0 +1,63 @@
+"""The server: whether one answers, who it is, and whether it is well."""
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+from kvmp.client import Client
+from kvmp.endpoint import start_command
+from kvmp.errors import ConnectError, KvmpError, NoServer
+
+from .finding import Finding, fail, ok, warn
+from .machine import gib
+
+_WHAT = "server"
+HELLO_MS = 2000
+
+
+def connect(endpoint: str, socket_dir: str | None) -> Client | Finding:
+    """A session, or why there is none."""
+    try:
+        return Client.connect(endpoint, role="tool", socket_dir=socket_dir, timeout_ms=HELLO_MS)
+    except NoServer as error:
+        return warn(_WHAT, f"none at {endpoint} ({error}); engines run without a cache", start_command(endpoint))
+    except ConnectError as error:
+        mend = "stop it, or give server and engine another endpoint (kvmp serve --socket PATH, kvmp.endpoint)"
+        return fail(_WHAT, f"what answers at {endpoint} does not serve us: {error}", mend)
+
+
+def check(client: Client) -> Iterator[Finding]:
+    """What a server that answers says of itself."""
+    try:
+        took_ms = client.ping(HELLO_MS) * 1000
+        stats = client.stats()
+    except KvmpError as error:
+        yield fail(_WHAT, f"{client.endpoint} took our hello and then no request: {error}", "look at its log")
+        return
+    yield ok(_WHAT, f"{client.endpoint}, pid {stats['pid']}, answers in {took_ms:.3f} ms")
+    yield _same_version(client.server_version)
+    yield _arena(stats)
+    yield _use(stats)
+
+
+def _same_version(theirs: str) -> Finding:
+    ours = version("kvmp")
+    if ours == theirs:
+        return ok("server version", theirs)
+    return warn("server version", f"{theirs}; this wheel is {ours}", "restart the server from this wheel")
+
+
+def _arena(stats: dict[str, Any]) -> Finding:
+    arena, backed = stats["arena_bytes"], stats["backed_bytes"]
+    says = f"{gib(arena)}, {gib(backed)} of it backed by memory"
+    if backed < arena and not stats["warming"]:
+        return warn("arena", f"{says}: memory ran out while it grew", "free memory, or serve with a smaller --size")
+    return ok("arena", says + (", growing" if stats["warming"] else ""))
+
+
+def _use(stats: dict[str, Any]) -> Finding:
+    return ok(
+        "in use",
+        f"{stats['blocks_ready']} blocks of {stats['namespaces']} namespaces, {stats['engines']} engines attached, "
+        f"{stats['lookup_hit_blocks']} of {stats['lookup_blocks']} blocks looked up were found",
+    )

@@ -1,0 +1,57 @@
+"""vLLM's way to know `KvmpConnector` by name: the entry point `kvmp` of the group `vllm.general_plugins`.
+
+vLLM calls `register` in every process it starts, before it looks at a configuration. Nothing of the connector is
+imported here: vLLM's registry gets a module and a class name, and loads them when the connector is asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from typing import Any
+
+from kvmp import factory
+from kvmp.vllm import version
+
+REPLACE_LMCACHE = "KVMP_REPLACE_LMCACHE"
+LMCACHE = "LMCacheMPConnector"
+_OURS = "KvmpConnector"
+_YES, _NO = ("1", "true"), ("", "0", "false")
+
+
+def register() -> None:
+    """Makes kvmp's connectors known to vLLM by name; never raises, for vLLM would not start."""
+    logger = logging.getLogger("vllm.kvmp")
+    try:
+        if reason := version.unsupported():
+            if multiprocessing.parent_process() is None:  # its children would only say it again
+                logger.warning("%s; its connector is not registered", reason)
+            return
+        from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+        _register_missing(KVConnectorFactory)
+        if _wants_lmcache(logger):
+            _replace_lmcache(KVConnectorFactory, logger)
+    except Exception:
+        logger.exception("kvmp: its connector could not be registered; name it by kv_connector_module_path")
+
+
+def _register_missing(registry: Any) -> None:
+    for name in factory.names():
+        if name not in registry._registry:  # vLLM's own names, and ours when we are called again
+            registry.register_connector(name, *factory.target(name))
+
+
+def _wants_lmcache(logger: logging.Logger) -> bool:
+    given = os.environ.get(REPLACE_LMCACHE, "").strip().lower()
+    if given not in _YES + _NO:
+        logger.warning("kvmp: %s=%s is neither 1 nor 0; LMCacheMPConnector stays what it was", REPLACE_LMCACHE, given)
+    return given in _YES
+
+
+def _replace_lmcache(registry: Any, logger: logging.Logger) -> None:
+    registry._registry.pop(LMCACHE, None)
+    registry.register_connector(LMCACHE, *factory.target(_OURS))
+    if multiprocessing.parent_process() is None:
+        logger.info("kvmp answers for %s (%s)", LMCACHE, REPLACE_LMCACHE)

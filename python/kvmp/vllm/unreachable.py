@@ -1,0 +1,69 @@
+"""What an engine does when no server answers: `kvmp.on_unreachable` is degrade, fail or spawn.
+
+- *degrade*: the engine runs without a cache and attaches when a server comes (`link`).
+- *fail*: it does not start. A server that goes later costs it the cache, never its life.
+- *spawn*: it starts a server of `kvmp.spawn_size`, which ends with the engine and leaves its segment.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+from kvmp import background
+from kvmp.config import ConnectorConfig
+from kvmp.endpoint import start_command
+from kvmp.errors import ConnectError, KvmpError
+from kvmp.vllm import connecting
+
+_HELLO_MS = 1000
+_PAUSE_FIRST_S = 1.0
+_PAUSE_LAST_S = 60.0
+
+
+def demand_server(options: ConnectorConfig) -> None:
+    """Refuses the start where the user wants no engine without its cache.
+
+    Raises:
+        ConnectError: no server serves us, and `kvmp.on_unreachable` is "fail".
+    """
+    if options.on_unreachable != "fail":
+        return
+    try:
+        client = connecting.client_connect(
+            options.endpoint, role="tool", socket_dir=options.socket_dir, timeout_ms=_HELLO_MS
+        )
+    except KvmpError as error:
+        raise ConnectError(
+            f"kvmp: no server at {options.endpoint} ({error}), and kvmp.on_unreachable is 'fail'. "
+            f"Start one: {start_command(options.endpoint)}"
+        ) from error
+    client.close()
+
+
+class Spawner:
+    """Starts a server for this process where the user asked for that; after a failure it waits before the next try."""
+
+    def __init__(self, options: ConnectorConfig, logger: logging.Logger):
+        self._options = options
+        self._logger = logger
+        self._pause_s = _PAUSE_FIRST_S
+        self._not_before = 0.0
+
+    def start(self) -> bool:
+        """Whether a server is there now; waits until it answers, so never called on an engine's thread."""
+        size = self._options.spawn_size
+        if self._options.on_unreachable != "spawn" or size is None or time.monotonic() < self._not_before:
+            return False
+        try:
+            pid = background.start(size, self._options.endpoint, until_pid=os.getpid())
+        except (KvmpError, OSError) as error:
+            self._logger.warning("kvmp: no server could be started at %s: %s", self._options.endpoint, error)
+            self._not_before = time.monotonic() + self._pause_s
+            self._pause_s = min(2 * self._pause_s, _PAUSE_LAST_S)
+            return False
+        self._pause_s = _PAUSE_FIRST_S
+        if pid is not None:
+            self._logger.info("kvmp: started a server of %s (pid %d) at %s", size, pid, self._options.endpoint)
+        return True

@@ -1,0 +1,125 @@
+"""`kvmp doctor`: what is fine, what is not, and the mend."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import kvmp
+from kvmp.doctor import machine, match, software
+from kvmp.doctor.finding import Finding, Level
+
+
+def doctor(*arguments: str) -> tuple[int, str]:
+    done = subprocess.run([sys.executable, "-m", "kvmp", "doctor", *arguments], capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_machine_with_a_server_is_fine() -> None:
+    with kvmp.launch("64MiB") as server:
+        code, said = doctor("--endpoint", server.endpoint)
+    assert code == 0, said
+    assert f"ok    server           {server.endpoint}, pid {server.pid}" in said
+    for what in ("shared memory", "open files", "huge pages", "socket folder", "vLLM", "torch", "arena", "in use"):
+        assert what in said
+
+
+def test_no_server_is_no_failure_and_comes_with_the_command(tmp_path: Path) -> None:
+    code, said = doctor("--endpoint", f"unix:{tmp_path}/none.sock")
+    assert code == 0
+    assert "warn  server" in said
+    assert f"mend: kvmp serve --size 4GiB --name none --socket {tmp_path}/none.sock --tcp off" in said
+
+
+def test_what_answers_but_is_no_server_fails(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+        other.bind(f"{tmp_path}/other.sock")
+        other.listen()
+        code, said = doctor("--endpoint", f"unix:{tmp_path}/other.sock")
+    assert code == 1
+    assert "FAIL  server" in said
+
+
+def test_wrong_options_are_named() -> None:
+    assert doctor("--endpoint", "http://x")[0] == 1
+    code, said = doctor("--endpont", "unix:/x")
+    assert code == 2
+    assert "--endpont" in said
+
+
+@pytest.mark.parametrize(
+    ("look", "level", "text"),
+    [
+        (lambda folder: machine.shared_memory(folder / "none"), Level.FAIL, "mount -t tmpfs"),
+        (lambda folder: machine.huge_pages(folder / "none"), Level.OK, "4 KiB pages"),
+        (lambda folder: machine.socket_folder(folder / "none"), Level.OK, "first server"),
+        (lambda folder: machine.socket_folder(_file(folder)), Level.FAIL, "not a folder"),
+        (lambda folder: machine.socket_folder(_open(folder)), Level.WARN, "written by others"),
+    ],
+)
+def test_what_is_not_fine_is_seen(tmp_path: Path, look: Callable[[Path], Finding], level: Level, text: str) -> None:
+    found = look(tmp_path)
+    assert found.level is level
+    assert text in found.says + found.mend
+
+
+def _file(folder: Path) -> Path:
+    (folder / "file").touch()
+    return folder / "file"
+
+
+def _open(folder: Path) -> Path:
+    (folder / "open").mkdir(mode=0o777)
+    (folder / "open").chmod(0o777)
+    return folder / "open"
+
+
+@pytest.mark.parametrize(("version", "level"), [("0.28.1", Level.FAIL), ("0.30.0", Level.OK), ("0.34.0", Level.FAIL)])
+def test_vllms_version_is_judged(monkeypatch: pytest.MonkeyPatch, version: str, level: Level) -> None:
+    monkeypatch.setattr(software, "_version", lambda name: version if name == "vllm" else None)
+    found = software.vllm()
+    assert found.level is level
+    assert version in found.says
+
+
+def test_a_plugin_list_without_kvmp_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    found = software.plugin()
+    assert found.level is Level.FAIL
+    assert found.mend == "VLLM_PLUGINS=other,kvmp"
+
+
+def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVMP_TIMEOUT_MS", "soon")
+    found = software.settings()
+    assert found.level is Level.FAIL
+    assert "KVMP_TIMEOUT_MS" in found.says
+
+
+FACTS = {"cache": {"block_size": 32, "dtype": "auto"}, "vllm": "0.32", "workers": [1]}
+
+
+def spec(**changed: object) -> dict[str, object]:
+    return {"model": "m", "facts": {**FACTS, **changed}, "salt": ""}
+
+
+def test_a_namespace_that_matches() -> None:
+    here = {key: value for key, value in FACTS.items() if key != "workers"}
+    assert "matches" in match.compare("m", here, [spec(vllm="0.31"), spec()]).says
+
+
+def test_the_nearest_namespace_is_told_apart_field_by_field() -> None:
+    here = {"cache": {"block_size": 64, "dtype": "auto"}, "vllm": "0.32"}
+    found = match.compare("m", here, [spec(vllm="0.29"), spec()])
+    assert found.level is Level.WARN
+    assert "cache.block_size: there 32, here 64" in found.says
+    assert "vllm" not in found.says
+
+
+@pytest.mark.parametrize("other", [{"model": "n"}, {"salt": "x"}, {"facts": {**FACTS, "adapter_sha256": "y"}}])
+def test_what_no_plain_engine_opened_is_not_compared(other: dict[str, object]) -> None:
+    assert "nothing of m yet" in match.compare("m", FACTS, [spec() | other]).says

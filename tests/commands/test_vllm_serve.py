@@ -1,0 +1,132 @@
+"""`kvmp vllm serve`: what it runs, and what it refuses; the run itself is in tests/engines/test_vllm_serve.py."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvmp
+from kvmp import background
+from kvmp.commands import vllm_serve
+from kvmp.errors import KvmpError
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("KVMP_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def nobody(tmp_path: Path) -> str:
+    """An endpoint where no server answers."""
+    return f"unix:{tmp_path}/nobody.sock"
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    assert vllm_serve.main(["serve", *arguments, "--dry-run"]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def transfer(line: str) -> dict[str, object]:
+    words = shlex.split(line)
+    return json.loads(words[words.index("--kv-transfer-config") + 1])
+
+
+def test_the_connector_is_set_and_vllms_flags_are_kept(capsys: pytest.CaptureFixture[str], nobody: str) -> None:
+    _, line = dry_run(capsys, "m/odel", "--kvmp-endpoint", nobody, "--port", "81", "--dtype=auto", "--enforce-eager")
+    words = shlex.split(line)
+    assert words[0] == "exec"
+    assert "m/odel" in words
+    at = words.index("--port")
+    assert words[at : at + 4] == ["--port", "81", "--dtype=auto", "--enforce-eager"]
+    assert not [word for word in words if word.startswith(("--kvmp", "--dry"))]
+    assert transfer(line) == {
+        "kv_connector": "KvmpConnector",
+        "kv_connector_module_path": "kvmp.vllm.connector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"kvmp.endpoint": nobody},
+    }
+
+
+def test_a_server_is_started_for_the_process_where_none_answers(
+    capsys: pytest.CaptureFixture[str], nobody: str
+) -> None:
+    serve, _ = dry_run(capsys, "m", "--kvmp-endpoint", nobody, "--kvmp-size", "3GiB")
+    path = nobody.removeprefix("unix:")
+    assert serve == f"kvmp serve --size 3GiB --name nobody --socket {path} --tcp off --until-pid $$ &"
+
+
+def test_somebodys_endpoint_is_not_served_by_us_unasked(capsys: pytest.CaptureFixture[str], nobody: str) -> None:
+    comment, _ = dry_run(capsys, "m", "--kvmp-endpoint", nobody)
+    assert comment.startswith(f"# kvmp: no server at {nobody}")
+    assert "kvmp serve --size 4GiB" in comment
+
+
+def test_a_running_server_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    with kvmp.launch("64MiB") as server:
+        comment, line = dry_run(capsys, "m", "--kvmp-endpoint", server.endpoint, "--kvmp-size", "3GiB")
+    assert comment == f"# a server answers at {server.endpoint}"
+    assert transfer(line)["kv_connector_extra_config"] == {"kvmp.endpoint": server.endpoint}
+
+
+def test_settings_of_every_source_reach_the_engine(
+    capsys: pytest.CaptureFixture[str], nobody: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVMP_ENDPOINT", nobody)
+    given = {"kv_connector_extra_config": {"kvmp.timeout_ms": 7, "other": 1}}
+    _, line = dry_run(capsys, "m", "--kv-transfer-config", json.dumps(given))
+    assert transfer(line)["kv_connector_extra_config"] == {"kvmp.endpoint": nobody, "kvmp.timeout_ms": 7, "other": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        (["serve", "m", "--kv-transfer-config", "{"], ["is not JSON"]),
+        (["serve", "m", "--kv-transfer-config=[]"], ["not a JSON object"]),
+        (["serve", "m", "--kv-transfer-config", '{"kv_connector": "NixlConnector"}'], ["NixlConnector", "Multi"]),
+        (["serve", "m", "--kv-transfer-config", '{"kv_rol": 1}'], ["'kv_rol'", "kv_role"]),
+        (["serve", "m", "--kv-transfer-config.kv_role", "x"], ["one JSON object"]),
+        (["serve", "m", "--kv-offloading-size", "4"], ["--kv-offloading-size", "--kvmp-size"]),
+        (["serve", "m", "--kv_offloading_backend=native"], ["--kv-offloading-backend", "--kvmp-size"]),
+        (["serve", "m", "--kvmp-endpoint", "http://x"], ["http://x", "unix:"]),
+        (["bench"], ["kvmp vllm bench", "serve"]),
+        ([], ["kvmp vllm"]),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], texts: list[str]
+) -> None:
+    assert vllm_serve.main([*arguments, "--dry-run"] if arguments else []) == 2
+    said = capsys.readouterr().err
+    assert all(text in said for text in texts), said
+
+
+def test_a_size_that_is_none_is_refused_before_anything_starts(capsys: pytest.CaptureFixture[str], nobody: str) -> None:
+    assert vllm_serve.main(["serve", "m", "--kvmp-endpoint", nobody, "--kvmp-size", "much", "--dry-run"]) == 2
+    assert "--kvmp-size" in capsys.readouterr().err
+
+
+def test_a_background_server_ends_with_the_process_it_serves(nobody: str) -> None:
+    watched = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    pid = background.start("64MiB", nobody, until_pid=watched.pid)
+    try:
+        assert pid is not None
+        assert os.getsid(pid) == pid
+    finally:
+        watched.kill()
+        watched.wait()
+    assert os.waitpid(pid, 0)[1] == 0
+    segment = Path("/dev/shm/nobody.kvmp")
+    assert segment.exists()
+    segment.unlink()
+
+
+def test_a_background_server_that_cannot_start_is_an_error(nobody: str) -> None:
+    with pytest.raises(KvmpError, match="ended with code"):
+        background.start("64MiB", nobody, until_pid=2**22 + 1)
