@@ -4,6 +4,7 @@
 
     KvmpError(RuntimeError)
     ├── ConnectError      no server, refused (uid, version, engine), or the hello went wrong
+    │   └── NoServer      nobody listens there: the socket does not exist, or it or the port refuses
     ├── ServerLost        the session ended, or is marked lost until a ping is answered
     ├── BoundExceeded     a call passed its bound, which marks the session lost
     ├── Busy              no room for one more request now; nothing was asked and nothing is lost: ask again later
@@ -23,6 +24,7 @@ from ._kvmp import (
     KvmpError,
     LeaseError,
     NamespaceError,
+    NoServer,
     ProtocolError,
     SegmentError,
     ServerLost,
@@ -37,6 +39,7 @@ __all__ = [
     "KvmpError",
     "LeaseError",
     "NamespaceError",
+    "NoServer",
     "ProtocolError",
     "SegmentError",
     "ServerLost",

@@ -15,6 +15,7 @@ use crate::control::ExchangeError;
 use crate::copy::{self, BlockLayout};
 use crate::error::{LostWhy, input};
 use crate::lease::{self, ReadLease, WriteLease};
+use crate::listed::{ListedNamespace, listed};
 use crate::parts::{PartList, close_parts};
 use crate::session::Session;
 use crate::slots::{PartsAt, part_offsets};
@@ -148,6 +149,13 @@ impl Client {
             return Ok(joined);
         }
         Err(ClientError::Namespace(format!("namespace {namespace} has the digest {}, not {digest}", joined.digest())))
+    }
+
+    /// The namespaces that the segment has, whoever opened them, by id. No message: a look at the server's table, also
+    /// when the session is lost. One that the server is just writing is left out.
+    pub fn namespaces(&self) -> Result<Vec<ListedNamespace>, ClientError> {
+        self.session.check_process()?;
+        Ok(listed(&self.session.table))
     }
 
     fn name_space(&self, message: &ClientMessage, bound: &Bound<'_>) -> Result<Namespace, ClientError> {

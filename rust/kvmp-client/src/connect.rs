@@ -12,6 +12,7 @@ use kvmp_core::wire::{ClientMessage, Hello, Role, ServerMessage, SocketError, We
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::control::{Control, ExchangeError, greet};
+use crate::error::not_connected;
 use crate::fork::{self, LocalFd};
 use crate::holder::Holder;
 use crate::{Bound, ClientError, Endpoint, KeptArena};
@@ -90,12 +91,22 @@ pub(crate) fn attach(
     fork::install();
     let path = endpoint.socket_path(options.socket_dir.as_deref(), bound)?;
     let place = Endpoint::Unix(path.clone()).to_string();
-    let socket = dial(&path, bound)
-        .map_err(|errno| ClientError::Unreachable { endpoint: place.clone(), source: io::Error::from(errno) })?;
+    let socket = dial(&path, bound).map_err(|errno| not_dialed(endpoint, &path, errno.into()))?;
     let fd = socket.get().ok_or(ClientError::Forked { parent: 0 })?;
     check_peer(fd, &place, &options.allow_uids)?;
     let (welcome, fds) = hello(fd, options, &place, bound)?;
     map(path, welcome, Control::new(socket), fds)
+}
+
+/// A socket that is missing at an endpoint of its own is a server's that is not there. Missing where a rendezvous that
+/// answers said it is, it is out of sight.
+fn not_dialed(endpoint: &Endpoint, path: &Path, source: io::Error) -> ClientError {
+    match endpoint {
+        Endpoint::Tcp(..) if source.kind() == io::ErrorKind::NotFound => {
+            ClientError::SocketElsewhere { endpoint: endpoint.to_string(), path: path.to_owned(), source }
+        }
+        _ => not_connected(Endpoint::Unix(path.to_owned()).to_string(), source),
+    }
 }
 
 /// A socket that no forked child keeps, from its first moment on.

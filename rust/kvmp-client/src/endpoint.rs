@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 use kvmp_core::wire::{ClientMessage, FRAME_BYTES, Frame, ServerMessage, SocketError};
 
+use crate::error::not_connected;
 use crate::{Bound, ClientError};
 
 /// A parsed endpoint.
@@ -65,8 +66,7 @@ impl Endpoint {
     }
 
     fn locate(&self, host: &str, port: u16, bound: &Bound<'_>) -> Result<PathBuf, ClientError> {
-        let stream = connect(host, port, bound)
-            .map_err(|source| ClientError::Unreachable { endpoint: self.to_string(), source })?;
+        let stream = connect(host, port, bound).map_err(|source| not_connected(self.to_string(), source))?;
         let hello = |source| ClientError::Hello { endpoint: self.to_string(), source };
         match ask(stream, bound).map_err(hello)? {
             ServerMessage::Located(located) => Ok(located.socket.into()),
@@ -184,5 +184,15 @@ mod tests {
         assert!(matches!(error, Err(ClientError::Hello { source: SocketError::Frame(_), .. })), "{error:?}");
         let error = answer_with(vec![]).socket_path(None, &Bound::ms(5000));
         assert!(matches!(error, Err(ClientError::Hello { source: SocketError::HangUp, .. })), "{error:?}");
+    }
+
+    #[test]
+    fn a_port_that_refuses_has_no_server_and_a_name_that_is_none_is_another_matter() {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let ask = |host: &str| Endpoint::Tcp(host.into(), port).socket_path(None, &Bound::ms(5000));
+        let error = ask("127.0.0.1");
+        assert!(matches!(error, Err(ClientError::NoServer { .. })), "{error:?}");
+        let error = ask("no such host");
+        assert!(matches!(error, Err(ClientError::Unreachable { .. })), "{error:?}");
     }
 }

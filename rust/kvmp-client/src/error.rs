@@ -1,5 +1,7 @@
 //! What can go wrong for a client, with the values that show why.
 
+use std::io::ErrorKind;
+
 use kvmp_core::wire::{Code, Refusal, SocketError};
 
 /// Why a session answers no more, for now or for good.
@@ -42,11 +44,32 @@ pub enum ClientError {
         /// What is wrong with it.
         why: &'static str,
     },
-    /// Nobody answers there.
+    /// Nobody listens there: the socket does not exist, or it or the port refuses.
     #[error("no kvmp server at {endpoint}: {source}; start one with `kvmp serve`, or name the right endpoint")]
+    NoServer {
+        /// Where.
+        endpoint: String,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// Whether anybody listens there cannot be told.
+    #[error("{endpoint} cannot be reached: {source}; name the right endpoint, or mend what keeps this process from it")]
     Unreachable {
         /// Where.
         endpoint: String,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// A server answers over TCP, but the socket it names is not to be found from here.
+    #[error(
+        "the kvmp server at {endpoint} has its socket at {}, which is not there: {source}; in a container, map the \
+         server's folder and name it as `socket_dir` (kvmp.socket_dir)", path.display()
+    )]
+    SocketElsewhere {
+        /// The rendezvous.
+        endpoint: String,
+        /// Where the socket was looked for.
+        path: std::path::PathBuf,
         /// The system's reason.
         source: std::io::Error,
     },
@@ -161,6 +184,19 @@ fn lease_text(code: &Code) -> &'static str {
     match code {
         Code::Forbidden => "this session's role or part may not do that",
         _ => "no such lease, or it has ended",
+    }
+}
+
+/// What a failed connect says of `endpoint`.
+pub(crate) fn not_connected(endpoint: String, source: std::io::Error) -> ClientError {
+    match source.kind() {
+        // Of an address: this machine has none such. A host name without an address has no raw code.
+        ErrorKind::NotFound | ErrorKind::ConnectionRefused | ErrorKind::AddrNotAvailable
+            if source.raw_os_error().is_some() =>
+        {
+            ClientError::NoServer { endpoint, source }
+        }
+        _ => ClientError::Unreachable { endpoint, source },
     }
 }
 

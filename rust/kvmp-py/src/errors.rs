@@ -19,10 +19,11 @@ pub enum Class {
     Lease,
     Segment,
     InvalidInput,
+    NoServer,
 }
 
 /// Name and docstring of each class, in the order of [`Class`].
-const CLASSES: [(&str, &str); 10] = [
+const CLASSES: [(&str, &str); 11] = [
     ("KvmpError", "Base of everything that kvmp raises."),
     ("ConnectError", "No server, or it refused (uid, version, engine), or the hello went wrong."),
     ("ServerLost", "The session ended, or is marked lost until a ping is answered; nothing was asked for."),
@@ -33,6 +34,7 @@ const CLASSES: [(&str, &str); 10] = [
     ("LeaseError", "An unknown or ended lease, another's part, or a lease of another life of the server."),
     ("SegmentError", "The server's memory cannot be mapped, or is not what it says."),
     ("InvalidInput", "A bad argument (shape, dtype, range); the message names it. Also a ValueError."),
+    ("NoServer", "Nobody listens at the endpoint: the socket does not exist, or it or the port refuses."),
 ];
 
 static TREE: PyOnceLock<Vec<Py<PyType>>> = PyOnceLock::new();
@@ -48,7 +50,13 @@ fn make_tree(py: Python<'_>) -> PyResult<Vec<Py<PyType>>> {
     let value_too = PyTuple::new(py, [base.clone(), py.get_type::<PyValueError>()])?;
     let mut tree = vec![base.unbind()];
     for &class in &CLASSES[1..] {
-        let bases = if class == CLASSES[Class::InvalidInput as usize] { &value_too } else { &only };
+        let bases = if class == CLASSES[Class::InvalidInput as usize] {
+            &value_too
+        } else if class == CLASSES[Class::NoServer as usize] {
+            &PyTuple::new(py, [&tree[Class::Connect as usize]])?
+        } else {
+            &only
+        };
         tree.push(make_class(py, class, bases)?.unbind());
     }
     Ok(tree)
@@ -89,7 +97,9 @@ pub fn invalid(py: Python<'_>, name: &str, why: impl std::fmt::Display) -> PyErr
 /// The class of a client's error.
 fn class_of(error: &ClientError) -> Class {
     match error {
+        ClientError::NoServer { .. } => Class::NoServer,
         ClientError::Unreachable { .. }
+        | ClientError::SocketElsewhere { .. }
         | ClientError::PeerUid { .. }
         | ClientError::Hello { .. }
         | ClientError::Refused { .. } => Class::Connect,

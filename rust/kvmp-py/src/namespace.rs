@@ -1,9 +1,12 @@
 //! `Namespace`, and the digest of a spec.
 
+use kvmp_client::ListedNamespace;
 use kvmp_core::namespace::NamespaceSpec;
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
-use crate::errors::{Class, raise};
+use crate::client::Client;
+use crate::errors::{Class, OrRaise, raise};
 
 /// A namespace that a client opened or joined; good for that client only.
 #[pyclass(frozen, module = "kvmp._kvmp")]
@@ -39,12 +42,29 @@ impl Namespace {
     /// Bytes of a slot of a group, all parts with their alignment.
     #[pyo3(signature = (group=0))]
     fn slot_bytes(&self, py: Python<'_>, group: u16) -> PyResult<u64> {
-        use crate::errors::OrRaise;
         Ok(u64::from(self.inner.slot_layout(group).or_raise(py)?.pages) * kvmp_core::geometry::PAGE)
     }
 
     fn __repr__(&self) -> String {
         format!("<Namespace {} of {:?}, {}>", self.inner.id(), self.inner.spec().model, &self.inner.digest()[..12])
+    }
+}
+
+#[pymethods]
+impl Client {
+    /// The namespaces that the segment has, whoever opened them: a list of dicts with "id" (int), "digest" (64 hex
+    /// digits) and "spec" (dict), by id. A look into shared memory, never a wait, also when the session is lost.
+    fn namespaces<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyDict>>> {
+        let listed = py.detach(|| self.inner.namespaces()).or_raise(py)?;
+        let loads = py.import("json")?.getattr("loads")?;
+        let entry = |one: ListedNamespace| {
+            let dict = PyDict::new(py);
+            dict.set_item("id", one.id)?;
+            dict.set_item("digest", one.digest)?;
+            dict.set_item("spec", loads.call1((one.spec,))?)?;
+            Ok(dict)
+        };
+        listed.into_iter().map(entry).collect()
     }
 }
 

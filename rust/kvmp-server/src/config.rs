@@ -40,6 +40,8 @@ pub struct ServerConfig {
     pub fresh: bool,
     /// Other uids that may connect, beside the server's own and root.
     pub allow_uids: Vec<u32>,
+    /// Process whose end ends `kvmp serve`.
+    pub until_pid: Option<u32>,
 }
 
 /// The same settings, each of which may be missing: one source of them.
@@ -66,6 +68,8 @@ pub struct ConfigSource {
     pub fresh: Option<bool>,
     /// As `--allow-uid`.
     pub allow_uid: Option<Vec<u32>>,
+    /// As `--until-pid`.
+    pub until_pid: Option<u32>,
 }
 
 fn config_error(key: &str, why: impl std::fmt::Display) -> ServerError {
@@ -94,6 +98,7 @@ impl ConfigSource {
             ephemeral: self.ephemeral.or(below.ephemeral),
             fresh: self.fresh.or(below.fresh),
             allow_uid: self.allow_uid.or(below.allow_uid),
+            until_pid: self.until_pid.or(below.until_pid),
         }
     }
 
@@ -123,6 +128,7 @@ impl ConfigSource {
             ephemeral: self.ephemeral.unwrap_or(false),
             fresh: self.fresh.unwrap_or(false),
             allow_uids: self.allow_uid.unwrap_or_default(),
+            until_pid: self.until_pid,
         })
     }
 }

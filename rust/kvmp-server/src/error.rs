@@ -79,6 +79,15 @@ pub enum ServerError {
     /// A running server was asked for something and it did not work out.
     #[error("{0}")]
     Asked(String),
+    /// A command that is Python's.
+    #[error(
+        "this is the native binary; `kvmp {command}` comes with the Python wheel: `pip install kvmp`, and run the `kvmp` \
+         of that environment"
+    )]
+    InWheel {
+        /// The command.
+        command: &'static str,
+    },
     /// A segment file that cannot be used or is not there.
     #[error("segment {}: {why}", path.display())]
     Segment {
@@ -102,7 +111,11 @@ impl ServerError {
     #[must_use]
     pub fn exit_code(&self) -> i32 {
         match self {
-            Self::Config { .. } | Self::Geometry(_) | Self::NeverFits { .. } | Self::NotMemory { .. } => 2,
+            Self::Config { .. }
+            | Self::Geometry(_)
+            | Self::NeverFits { .. }
+            | Self::NotMemory { .. }
+            | Self::InWheel { .. } => 2,
             _ => 1,
         }
     }

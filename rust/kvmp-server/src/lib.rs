@@ -16,6 +16,7 @@ mod error;
 mod limits;
 mod listen;
 mod plane;
+mod process;
 mod recovery;
 mod segment;
 mod server;
@@ -23,5 +24,6 @@ mod size;
 
 pub use config::{ConfigSource, DEFAULT_ARENA_DIR, DEFAULT_NAME, ServerConfig, default_socket};
 pub use error::ServerError;
+pub use process::WatchedProcess;
 pub use server::{Server, ServerBuilder};
 pub use size::{Bytes, SizeError, parse_size};

@@ -16,6 +16,7 @@ use crate::error::{Context, ServerError};
 use crate::limits::{Sources, bounds, tightest_total};
 use crate::listen::{BoundSocket, Control, ControlStart, Rendezvous};
 use crate::plane::{Command, Faults, Namespaces, Plane, PlaneHandle, PlaneStart};
+use crate::process::WatchedProcess;
 use crate::recovery::{Recovery, recover};
 use crate::segment::backing::{Backing, Ended};
 use crate::segment::{Claim, Found, HolderLocks, SegmentFile};
@@ -91,6 +92,13 @@ impl ServerBuilder {
         self
     }
 
+    /// Watch a process, whose end is to end the server: [`Server::watched`] tells of it.
+    #[must_use]
+    pub fn until_pid(mut self, pid: u32) -> Self {
+        self.source.until_pid = Some(pid);
+        self
+    }
+
     /// Checks the settings and starts the server's threads; answers clients when this returns.
     pub fn start(self) -> Result<Server, ServerError> {
         Server::start(self.source.resolve()?)
@@ -101,6 +109,7 @@ impl ServerBuilder {
 #[derive(Debug)]
 pub struct Server {
     config: ServerConfig,
+    watched: Option<WatchedProcess>,
     segment: Arc<SegmentFile>,
     socket_path: PathBuf,
     plane: PlaneHandle,
@@ -203,6 +212,8 @@ impl Server {
 
     /// Starts a server with checked settings.
     pub fn start(config: ServerConfig) -> Result<Self, ServerError> {
+        // First of all: a process that ends while the server starts is seen to have ended.
+        let watched = config.until_pid.map(WatchedProcess::open).transpose()?;
         let geometry = Geometry::new(config.size, config.chunk)?;
         let sources = Sources::default();
         check_size(&config, &geometry, &sources)?;
@@ -216,7 +227,10 @@ impl Server {
             }
         };
         let segment = Arc::new(claim.open()?);
-        let started = Self::start_on(config, Arc::clone(&segment), doors, sources);
+        let mut started = Self::start_on(config, Arc::clone(&segment), doors, sources);
+        if let Ok(server) = &mut started {
+            server.watched = watched;
+        }
         if started.is_err() && segment.found != Found::Segment {
             // Nobody has seen the file that this start made.
             segment.unlink();
@@ -251,7 +265,8 @@ impl Server {
             faults,
             faults_bell,
         });
-        let mut server = Self { config, segment, socket_path, plane, stop, rendezvous, threads: Vec::new(), failed };
+        let mut server =
+            Self { config, watched: None, segment, socket_path, plane, stop, rendezvous, threads: Vec::new(), failed };
         server.threads.push(spawn("kvmp-plane", move || data_plane.run())?);
         server.threads.push(spawn("kvmp-control", move || control.run())?);
         server.back(cold, sources, fail)?;
@@ -312,6 +327,13 @@ impl Server {
     #[must_use]
     pub fn config(&self) -> &ServerConfig {
         &self.config
+    }
+
+    /// The process whose end is to end the server, if one was named. `kvmp serve` stops with it; a program that embeds
+    /// a server looks at it for itself.
+    #[must_use]
+    pub fn watched(&self) -> Option<&WatchedProcess> {
+        self.watched.as_ref()
     }
 
     /// Path of the segment file.

@@ -9,6 +9,7 @@ macro_rules! say {
 }
 mod ask;
 mod serve;
+mod wheel;
 
 use std::io::Write;
 
@@ -38,6 +39,10 @@ enum Command {
     Clear(ask::Where),
     /// Remove the segment file that a server left at its exit.
     Rm(RmArgs),
+    /// Start vLLM on a kvmp server, found or started (in the Python wheel).
+    Vllm(wheel::WheelArgs),
+    /// Check this machine, and say what is wrong and the mend (in the Python wheel).
+    Doctor(wheel::WheelArgs),
 }
 
 #[derive(clap::Args, Debug)]
@@ -67,6 +72,8 @@ pub fn main(args: Vec<String>) -> i32 {
         Command::Ping(place) => ask::ping(place),
         Command::Clear(place) => ask::clear(place),
         Command::Rm(args) => rm(args),
+        Command::Vllm(_) => wheel::refuse("vllm"),
+        Command::Doctor(_) => wheel::refuse("doctor"),
     };
     match done {
         Ok(()) => 0,
@@ -97,6 +104,7 @@ impl From<serve::ServeArgs> for ConfigSource {
             ephemeral: args.ephemeral.then_some(true),
             fresh: args.fresh.then_some(true),
             allow_uid: (!args.allow_uid.is_empty()).then_some(args.allow_uid),
+            until_pid: args.until_pid,
         }
     }
 }

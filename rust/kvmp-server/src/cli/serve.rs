@@ -49,6 +49,9 @@ pub(super) struct ServeArgs {
     /// Another uid that may connect (may be given more than once)
     #[arg(long, value_name = "UID")]
     pub allow_uid: Vec<u32>,
+    /// Stop, as at SIGTERM, when the process with this id ends
+    #[arg(long, value_name = "PID")]
+    pub until_pid: Option<u32>,
     /// TOML file with the same settings; flags go over it
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -115,8 +118,20 @@ fn wait(server: &Server, signals: &mut Signals) -> Result<(), ServerError> {
                 source: std::io::Error::other("see above"),
             });
         }
-        std::thread::sleep(GLANCE);
+        if let Some(pid) = watched_process_ended(server) {
+            tracing::info!("process {pid} ended: stopping");
+            return Ok(());
+        }
     }
+}
+
+/// The pid of `--until-pid` once that process has ended; lets a glance's time pass otherwise.
+fn watched_process_ended(server: &Server) -> Option<u32> {
+    let Some(watched) = server.watched() else {
+        std::thread::sleep(GLANCE);
+        return None;
+    };
+    watched.ends_within(GLANCE).then(|| watched.pid())
 }
 
 fn finish(server: Server) {

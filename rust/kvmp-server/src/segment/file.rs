@@ -15,6 +15,7 @@ use rustix::fs::{FallocateFlags, RenameFlags};
 use super::locks::lock_server;
 use crate::config::ServerConfig;
 use crate::error::{Context, ServerError};
+use crate::process::start_time;
 
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
@@ -77,13 +78,6 @@ fn random<const N: usize>() -> Result<[u8; N], ServerError> {
 pub fn boot_clock_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
-}
-
-/// Field 22 of `/proc/PID/stat`: start time in clock ticks since boot.
-fn start_time(pid: u32) -> u64 {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let behind_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-    behind_name.split_whitespace().nth(19).and_then(|field| field.parse().ok()).unwrap_or(0)
 }
 
 fn read_header(file: &File) -> Option<SegmentHeader> {

@@ -1,0 +1,195 @@
+//! Another process, watched until it ends: `running -> ended`. A pid used again is never taken for it.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use crate::error::{Context, ServerError};
+
+/// A process that was running when it was first looked at.
+#[derive(Debug)]
+pub struct WatchedProcess {
+    pid: u32,
+    by: By,
+}
+
+/// How its end is seen.
+#[derive(Debug)]
+enum By {
+    /// Becomes readable with its end.
+    PidFd(OwnedFd),
+    /// Where there are no pidfds: its start time in clock ticks since boot, which a later process of its pid has not.
+    StartTime(u64),
+}
+
+impl WatchedProcess {
+    /// Begins to watch a process.
+    ///
+    /// # Errors
+    /// A configuration error that names `--until-pid` where there is no such process, or it is this one.
+    pub fn open(pid: u32) -> Result<Self, ServerError> {
+        let wanted = checked(pid)?;
+        match pidfd_open(wanted, PidfdFlags::empty()) {
+            Ok(fd) => Ok(Self { pid, by: By::PidFd(fd) }),
+            // Old kernels, and sandboxes that answer calls they do not know with EPERM.
+            Err(Errno::NOSYS | Errno::PERM) => Self::by_start_time(pid),
+            // EINVAL and ENOENT: the number is that of a thread.
+            Err(Errno::SRCH | Errno::INVAL | Errno::NOENT) => Err(no_such(pid)),
+            Err(e) => Err(e).doing(|| format!("--until-pid {pid}: opening a pidfd")),
+        }
+    }
+
+    fn by_start_time(pid: u32) -> Result<Self, ServerError> {
+        let found = Stat::of(pid).filter(Stat::is_running).ok_or_else(|| no_such(pid))?;
+        Ok(Self { pid, by: By::StartTime(found.start_time) })
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Whether it has ended; waits for that, at most `limit` and no longer than until a signal comes.
+    #[must_use]
+    pub fn ends_within(&self, limit: Duration) -> bool {
+        match &self.by {
+            By::PidFd(fd) => is_readable(fd, limit),
+            By::StartTime(start) => {
+                let ended = || !Stat::of(self.pid).is_some_and(|now| now.start_time == *start && now.is_running());
+                ended() || {
+                    std::thread::sleep(limit);
+                    ended()
+                }
+            }
+        }
+    }
+}
+
+fn refused(pid: u32, why: &str) -> ServerError {
+    ServerError::Config { key: format!("--until-pid {pid}"), why: why.to_owned() }
+}
+
+fn no_such(pid: u32) -> ServerError {
+    refused(pid, "there is no such process; give the pid of one that runs, in this pid namespace")
+}
+
+fn checked(pid: u32) -> Result<Pid, ServerError> {
+    if pid == std::process::id() {
+        return Err(refused(pid, "is the server itself; give the pid of the process whose end is to end the server"));
+    }
+    let wanted = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    wanted.ok_or_else(|| refused(pid, "is no process id; they go from 1 to 2147483647"))
+}
+
+fn is_readable(fd: &OwnedFd, limit: Duration) -> bool {
+    // A limit that a Timespec cannot hold is for ever.
+    let limit = Timespec::try_from(limit).ok();
+    let mut fds = [PollFd::new(fd, PollFlags::IN)];
+    poll(&mut fds, limit.as_ref()).is_ok_and(|ready| ready > 0)
+}
+
+/// What `/proc/PID/stat` says of a process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Stat {
+    state: String,
+    threads: u64,
+    start_time: u64,
+}
+
+impl Stat {
+    fn of(pid: u32) -> Option<Self> {
+        Self::parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+    }
+
+    /// Fields 3, 20 and 22. Field 2, the name, may hold blanks and brackets: the others lie behind its last bracket.
+    fn parse(text: &str) -> Option<Self> {
+        let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
+        let number = |index: usize| fields.get(index)?.parse().ok();
+        Some(Self { state: (*fields.first()?).to_owned(), threads: number(17)?, start_time: number(19)? })
+    }
+
+    /// A main thread that has ended before the others is a zombie of a process that still runs.
+    fn is_running(&self) -> bool {
+        !matches!(self.state.as_str(), "Z" | "X" | "x") || self.threads > 1
+    }
+}
+
+/// Start time of a process in clock ticks since boot; 0 where it is not known.
+#[must_use]
+pub fn start_time(pid: u32) -> u64 {
+    Stat::of(pid).map_or(0, |stat| stat.start_time)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Child, Command};
+
+    /// Waits on standard input for ever.
+    fn child() -> Child {
+        Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap()
+    }
+
+    fn watch(open: fn(u32) -> Result<WatchedProcess, ServerError>) {
+        let mut child = child();
+        let watched = open(child.id()).unwrap();
+        assert_eq!(watched.pid(), child.id());
+        assert!(!watched.ends_within(Duration::ZERO));
+        child.kill().unwrap();
+        let watchdog = std::time::Instant::now() + Duration::from_secs(20);
+        // Not reaped yet: its zombie has ended all the same.
+        while !watched.ends_within(Duration::from_millis(10)) {
+            assert!(std::time::Instant::now() < watchdog, "its end was never seen");
+        }
+        child.wait().unwrap();
+        assert!(watched.ends_within(Duration::ZERO));
+        assert!(open(child.id()).unwrap_err().to_string().contains("--until-pid"));
+    }
+
+    #[test]
+    fn an_end_is_seen() {
+        watch(WatchedProcess::open);
+    }
+
+    #[test]
+    fn an_end_is_seen_without_pidfds() {
+        watch(WatchedProcess::by_start_time);
+    }
+
+    #[test]
+    fn another_process_of_the_same_pid_is_not_taken_for_it() {
+        let mut child = child();
+        let start = start_time(child.id());
+        let earlier = WatchedProcess { pid: child.id(), by: By::StartTime(start - 1) };
+        let same = WatchedProcess { pid: child.id(), by: By::StartTime(start) };
+        assert!(earlier.ends_within(Duration::ZERO) && !same.ends_within(Duration::ZERO));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn what_cannot_be_watched_is_refused_by_name() {
+        for (pid, why) in
+            [(0, "no process id"), (u32::MAX, "no process id"), (std::process::id(), "itself"), (4_194_305, "no such")]
+        {
+            let error = WatchedProcess::open(pid).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            let text = error.to_string();
+            assert!(text.starts_with(&format!("--until-pid {pid}: ")) && text.contains(why), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_name_with_brackets_hides_no_field() {
+        let text = "7 (a) b (c)) Z 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 1 18 990 20";
+        let stat = Stat::parse(text).unwrap();
+        assert_eq!(stat, Stat { state: "Z".into(), threads: 1, start_time: 990 });
+        assert!(!stat.is_running() && Stat { threads: 2, ..stat }.is_running());
+        assert_eq!(Stat::parse("7 (a) S 1"), None);
+    }
+}
