@@ -13,7 +13,7 @@ if _sys.platform != "linux":
     )
 
 if _TYPE_CHECKING:
-    from . import config, core, errors, paged
+    from . import config, core, errors, factory, paged
     from .client import Answer, Client, ReadLease, WriteLease
     from .errors import KvmpError
     from .namespace import GroupSpec, NamespaceSpec, PartSpec
@@ -37,6 +37,7 @@ __all__ = [
     "config",
     "core",
     "errors",
+    "factory",
     "launch",
     "paged",
 ]
@@ -54,7 +55,7 @@ _HOME = {
     "Server": "server",
     "launch": "server",
 }
-_MODULES = ("config", "core", "errors", "paged")
+_MODULES = ("config", "core", "errors", "factory", "paged")
 
 
 def __getattr__(name: str) -> object:

@@ -6,5 +6,8 @@ Imports neither torch, numpy nor vllm.
 from kvmp.errors import ConfigError
 
 from .connector import ConnectorConfig
+from .offloading import OffloadingConfig
+from .transfer import KVTransferConfig
+from .translation import translate
 
-__all__ = ["ConfigError", "ConnectorConfig"]
+__all__ = ["ConfigError", "ConnectorConfig", "KVTransferConfig", "OffloadingConfig", "translate"]
