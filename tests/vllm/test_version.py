@@ -1,11 +1,13 @@
 """Which vLLM kvmp takes this one for, and what it says of one that it was not written for."""
 
 import importlib.metadata
+import subprocess
+import sys
 
 import pytest
 import vllm
 
-from kvmp.vllm import compat, version
+from kvmp.vllm import version
 
 
 @pytest.fixture
@@ -52,8 +54,21 @@ def test_one_that_cannot_be_told_is_not_warned_of(monkeypatch, distributions):
 
 
 def test_this_one_is_of_the_window():
-    assert version.WRITTEN_FOR[0] <= compat.VERSION <= version.WRITTEN_FOR[1]
+    assert version.WRITTEN_FOR[0] <= version.number() <= version.WRITTEN_FOR[1]
     assert version.unsupported() is None
+
+
+def test_without_a_vllm_there_is_nothing_to_warn_of(monkeypatch, distributions):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert version.text() is None
+    assert version.unsupported() is None
+    distributions["vllm"] = "0.28.0"
+    assert "0.28.0" in version.unsupported()
+
+
+def test_it_can_be_imported_without_vllm():
+    code = "import sys, kvmp.vllm.version; assert not [m for m in sys.modules if m.split('.')[0] in ('vllm', 'torch')]"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_an_engine_on_another_vllm_warns_once(make, monkeypatch, caplog_vllm):

@@ -12,8 +12,8 @@ from vllm.v1 import kv_cache_interface
 
 from kvmp.vllm import version
 
-# Where nothing says otherwise it is taken for the newest.
-VERSION = version.number() or version.WRITTEN_FOR[1]
+# Where nothing says which it is, nothing is relied on that the oldest lacks.
+VERSION = version.number() or version.WRITTEN_FOR[0]
 
 # 0.30+ reports a failed load by request; 0.29 knows failed blocks only.
 TransferResults = getattr(base, "KVConnectorTransferResults", None)

