@@ -188,7 +188,11 @@ mod tests {
 
     #[test]
     fn a_port_that_refuses_has_no_server_and_a_name_that_is_none_is_another_matter() {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        use rustix::net::{AddressFamily, SocketType, bind, getsockname, socket};
+        // Bound and not listening: nobody else gets the port while we ask.
+        let held = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        bind(&held, &std::net::SocketAddrV4::new(std::net::Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = std::net::SocketAddr::try_from(getsockname(&held).unwrap()).unwrap().port();
         let ask = |host: &str| Endpoint::Tcp(host.into(), port).socket_path(None, &Bound::ms(5000));
         let error = ask("127.0.0.1");
         assert!(matches!(error, Err(ClientError::NoServer { .. })), "{error:?}");
