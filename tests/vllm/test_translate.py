@@ -12,6 +12,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from kvmp.config import ConfigError, KVTransferConfig, OffloadingConfig, translate
 
+# A configuration of vLLM 0.29 imports torch's compiler, which warns of itself.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
 CONNECTORS = ["OffloadingConnector", "SimpleCPUOffloadConnector", "LMCacheMPConnector", "NixlConnector"]
 HAS_OLD_FIELDS = "kv_ip" in TheirTransferConfig.__dataclass_fields__
 
