@@ -1,5 +1,6 @@
 """The client against a real server: every verb, every refusal, and a server that dies."""
 
+import json
 import os
 import signal
 import socket
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from kvmp.errors import (
     KvmpError,
     LeaseError,
     NamespaceError,
+    NoServer,
     ServerLost,
 )
 from kvmp.namespace import GroupSpec, NamespaceSpec, PartSpec
@@ -133,6 +135,19 @@ def test_namespaces_have_the_digest_that_the_spec_says(scheduler: Client, worker
     assert scheduler.open(spec("other")).id != opened.id
     joined = worker.join(opened.id, opened.digest, LAYOUT)
     assert (joined.id, joined.digest) == (opened.id, opened.digest)
+
+
+def test_every_session_sees_the_namespaces_of_the_segment(server: Server, scheduler: Client) -> None:
+    with Client.connect(server.endpoint, role="tool") as tool, Client.connect(server.endpoint) as other:
+        assert tool.namespaces() == []
+        opened = [scheduler.open(spec()), other.open(spec("other", parts=2))]
+        listed = tool.namespaces()
+        assert [(entry["id"], entry["digest"]) for entry in listed] == [(ns.id, ns.digest) for ns in opened]
+        assert [entry["spec"] for entry in listed] == [json.loads(ns.spec_json()) for ns in opened]
+        assert listed[1]["spec"]["model"] == "other"
+        assert scheduler.namespaces() == other.namespaces() == listed
+        server.kill()
+        assert tool.namespaces() == listed, "it asks the segment, not the server"
 
 
 def test_a_lookup_of_nothing_stored_misses(scheduler: Client, ns: Namespace) -> None:
@@ -291,12 +306,70 @@ def test_a_bad_argument_is_named(scheduler: Client, ns: Namespace, call: object,
     assert scheduler.ping() > 0
 
 
+BLOCK_IDS, SLOTS, WORDS = np.zeros(1, np.int64), np.zeros(1, np.uint32), np.zeros(1, np.uint64)
+MEMORY = np.zeros((1, PART_BYTES), np.uint8)
+ONE_BLOCK = layout_of(MEMORY)
+ENDPOINT = "unix:/nowhere/kvmp.sock"
+
+# Argument, a value that its type cannot hold, and the call, which is refused before anything is asked of the server.
+OUT_OF_RANGE = [
+    ("engine_token", -1, lambda c, ns, x: Client.connect(ENDPOINT, role="worker", part=0, engine_token=x)),
+    ("part", 70_000, lambda c, ns, x: Client.connect(ENDPOINT, role="worker", part=x, engine_token=1)),
+    ("timeout_ms", -5, lambda c, ns, x: Client.connect(ENDPOINT, timeout_ms=x)),
+    ("timeout_ms", 10**400, lambda c, ns, x: Client.connect(ENDPOINT, timeout_ms=x)),
+    ("allow_uids", 2**32, lambda c, ns, x: Client.connect(ENDPOINT, allow_uids=[0, x])),
+    ("timeout_ms", -5, lambda c, ns, x: c.ping(x)),
+    ("timeout_ms", -5, lambda c, ns, x: c.open(spec(), x)),
+    ("timeout_ms", -5, lambda c, ns, x: c.stats(x)),
+    ("timeout_ms", -5, lambda c, ns, x: c.clear(x)),
+    ("namespace_id", 65_536, lambda c, ns, x: c.join(x, ns.digest, LAYOUT)),
+    ("timeout_ms", -5, lambda c, ns, x: c.join(0, ns.digest, LAYOUT, x)),
+    ("timeout_ms", -5, lambda c, ns, x: c.lookup(ns, hash_list(1), x)),
+    ("first_block", -1, lambda c, ns, x: c.submit_reserve(ns, hash_list(1), first_block=x)),
+    ("group", -1, lambda c, ns, x: c.submit_reserve(ns, hash_list(1), first_block=0, group=x)),
+    ("first_block", 2**200, lambda c, ns, x: c.reserve(ns, hash_list(1), first_block=x)),
+    ("group", 65_536, lambda c, ns, x: c.reserve(ns, hash_list(1), first_block=0, group=x)),
+    ("timeout_ms", -5, lambda c, ns, x: c.reserve(ns, hash_list(1), first_block=0, timeout_ms=x)),
+    ("lease_id", 2**64, lambda c, ns, x: c.commit(x, SLOTS, WORDS)),
+    ("timeout_ms", 10**400, lambda c, ns, x: c.commit(0, SLOTS, WORDS, None, x)),
+    ("lease_id", -1, lambda c, ns, x: c.abort(x, SLOTS, WORDS)),
+    ("timeout_ms", 10**400, lambda c, ns, x: c.abort(0, SLOTS, WORDS, x)),
+    ("group", -1, lambda c, ns, x: c.store_blocks(ONE_BLOCK, ns, x, BLOCK_IDS, SLOTS)),
+    ("threads", -1, lambda c, ns, x: c.store_blocks(ONE_BLOCK, ns, 0, BLOCK_IDS, SLOTS, x)),
+    ("server_epoch", -1, lambda c, ns, x: c.store_blocks(ONE_BLOCK, ns, 0, BLOCK_IDS, SLOTS, None, x)),
+    ("group", 70_000, lambda c, ns, x: c.load_blocks(ONE_BLOCK, ns, x, BLOCK_IDS, SLOTS, WORDS)),
+    ("threads", 2**64, lambda c, ns, x: c.load_blocks(ONE_BLOCK, ns, 0, BLOCK_IDS, SLOTS, WORDS, x)),
+    ("group", -1, lambda c, ns, x: ns.slot_bytes(x)),
+    ("group", -1, lambda c, ns, x: c.lookup(ns, hash_list(1)).blocks(x)),
+    ("group", -1, lambda c, ns, x: c.lookup(ns, hash_list(1)).slots(x)),
+    ("group", -1, lambda c, ns, x: c.lookup(ns, hash_list(1)).words(x)),
+    ("group", -1, lambda c, ns, x: c.lookup(ns, hash_list(1)).first_block(x)),
+    ("num_blocks", -1, lambda c, ns, x: BlockLayout(np.zeros((0, 4), np.int64), x)),
+    ("num_blocks", 2**32, lambda c, ns, x: BlockLayout(np.zeros((0, 4), np.int64), x)),
+]
+
+
+@pytest.mark.parametrize(("argument", "value", "call"), OUT_OF_RANGE)
+def test_a_number_out_of_range_is_named(
+    scheduler: Client, ns: Namespace, argument: str, value: int, call: Callable[[Client, Namespace, int], object]
+) -> None:
+    with pytest.raises(InvalidInput, match=rf"^{argument}: {value}(\D|$).*(allowed|needed|from 0 on)"):
+        call(scheduler, ns, value)
+
+
+def test_a_number_of_another_type_is_still_a_type_error(scheduler: Client, ns: Namespace) -> None:
+    with pytest.raises(TypeError, match="first_block"):
+        scheduler.submit_reserve(ns, hash_list(1), first_block="1")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="group"):
+        scheduler.submit_reserve(ns, hash_list(1), first_block=0, group=0.5)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("endpoint", "options", "error", "text"),
     [
         ("http://x", {}, InvalidInput, "unix:PATH or tcp://HOST:PORT"),
         ("tcp://localhost", {}, InvalidInput, "port is missing"),
-        ("unix:/nowhere/kvmp.sock", {}, ConnectError, r"unix:/nowhere/kvmp.sock.*kvmp serve"),
+        ("unix:/nowhere/kvmp.sock", {}, NoServer, r"unix:/nowhere/kvmp.sock.*kvmp serve"),
         ("unix:/nowhere/kvmp.sock", {"role": "boss"}, InvalidInput, 'role: "boss"'),
         ("unix:/nowhere/kvmp.sock", {"role": "worker"}, InvalidInput, "engine_token"),
         ("unix:/nowhere/kvmp.sock", {"role": "worker", "engine_token": 1}, InvalidInput, "part"),
@@ -308,6 +381,22 @@ def test_a_connection_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(error, match=text):
         Client.connect(endpoint, **options)
+
+
+def test_nobody_there_is_told_from_a_refusal(server: Server, tmp_path: Path) -> None:
+    assert issubclass(NoServer, ConnectError)
+    with pytest.raises(NoServer, match="refused"):
+        Client.connect(f"tcp://127.0.0.1:{free_port()}")
+    with pytest.raises(ConnectError) as refused:
+        Client.connect(server.endpoint, role="worker", engine_token=12345, part=0)
+    assert not isinstance(refused.value, NoServer)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConnectError, match="cannot be reached") as unreachable:
+        Client.connect(f"unix:{tmp_path}/file/kvmp.sock")
+    assert not isinstance(unreachable.value, NoServer)
+    server.kill()
+    with pytest.raises(NoServer, match="kvmp serve"):
+        Client.connect(server.endpoint)
 
 
 def test_a_worker_of_no_engine_is_refused(server: Server) -> None:
@@ -592,6 +681,10 @@ def test_a_tcp_endpoint_leads_to_the_socket() -> None:
     with kvmp.launch("64MiB", tcp=place) as server, Client.connect(f"tcp://{place}") as client:
         assert client.endpoint == server.endpoint
         assert client.ping() > 0
+        # In a container, say, that has not the server's folder: there is a server, and none must be started.
+        with pytest.raises(ConnectError, match=r"socket_dir") as elsewhere:
+            Client.connect(f"tcp://{place}", socket_dir="/not/here")
+        assert not isinstance(elsewhere.value, NoServer)
 
 
 def test_a_socket_is_found_in_the_folder_as_mapped_here(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The core's classes from Python: ring, block index, policies."""
 
 import os
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -140,6 +141,60 @@ def test_an_index_names_what_is_wrong(index: BlockIndex) -> None:
         BlockIndex(100)
     with pytest.raises(InvalidInput, match="hashes"):
         index.lookup(0, np.zeros(3, np.uint8))
+
+
+HASHES, NO_SLOTS, NO_WORDS = hash_list(1), np.zeros(0, np.uint32), np.zeros(0, np.uint64)
+
+OUT_OF_RANGE = [
+    ("fd", 2**31, lambda i, p, x: Ring(x)),
+    ("offset", -1, lambda i, p, x: Ring().write_scratch(x, b"")),
+    ("offset", 2**32, lambda i, p, x: Ring().read_scratch(x, 1)),
+    ("length", -1, lambda i, p, x: Ring().read_scratch(0, x)),
+    ("arena_bytes", -1, lambda i, p, x: BlockIndex(x)),
+    ("chunk_bytes", -1, lambda i, p, x: BlockIndex(ARENA, chunk_bytes=x)),
+    ("read_ttl_s", 10**400, lambda i, p, x: BlockIndex(ARENA, read_ttl_s=x)),
+    ("namespace_id", -1, lambda i, p, x: i.add_namespace(x, spec())),
+    ("namespace_id", 70_000, lambda i, p, x: i.lookup(x, HASHES)),
+    ("now_s", 10**400, lambda i, p, x: i.lookup(1, HASHES, now_s=x)),
+    ("engine", 2**64, lambda i, p, x: i.lookup(1, HASHES, engine=x)),
+    ("namespace_id", -1, lambda i, p, x: i.reserve(x, HASHES)),
+    ("first_block", -1, lambda i, p, x: i.reserve(1, HASHES, first_block=x)),
+    ("group", 65_536, lambda i, p, x: i.reserve(1, HASHES, group=x)),
+    ("now_s", -1, lambda i, p, x: i.reserve(1, HASHES, now_s=x)),
+    ("engine", -1, lambda i, p, x: i.reserve(1, HASHES, engine=x)),
+    ("lease_id", -1, lambda i, p, x: i.commit(x, NO_SLOTS, NO_WORDS)),
+    ("part", 70_000, lambda i, p, x: i.commit(1, NO_SLOTS, NO_WORDS, part=x)),
+    ("engine", -1, lambda i, p, x: i.commit(1, NO_SLOTS, NO_WORDS, engine=x)),
+    ("lease_id", -1, lambda i, p, x: i.abort(x, NO_SLOTS, NO_WORDS)),
+    ("part", -1, lambda i, p, x: i.abort(1, NO_SLOTS, NO_WORDS, part=x)),
+    ("engine", -1, lambda i, p, x: i.abort(1, NO_SLOTS, NO_WORDS, engine=x)),
+    ("lease_id", -1, lambda i, p, x: i.cancel(x)),
+    ("engine", -1, lambda i, p, x: i.cancel(1, engine=x)),
+    ("lease_id", 2**64, lambda i, p, x: i.release(x)),
+    ("engine", -1, lambda i, p, x: i.release(1, engine=x)),
+    ("now_s", 10**400, lambda i, p, x: i.expire(x)),
+    ("arena_bytes", 2**64, lambda i, p, x: Policy("lru", x)),
+    ("chunk_bytes", -1, lambda i, p, x: Policy("lru", ARENA, x)),
+    ("chunk", -1, lambda i, p, x: p.add_chunk(x, 1)),
+    ("slots", -1, lambda i, p, x: p.add_chunk(0, x)),
+    ("chunk", 2**32, lambda i, p, x: p.remove_chunk(x)),
+    ("slot", -1, lambda i, p, x: p.insert(x, 0.0)),
+    ("now_s", 10**400, lambda i, p, x: p.insert(0, x)),
+    ("slot", -1, lambda i, p, x: p.touch(x, 0.0)),
+    ("now_s", 10**400, lambda i, p, x: p.touch(0, x)),
+    ("slot", -1, lambda i, p, x: p.set_evictable(x)),
+    ("slot", -1, lambda i, p, x: p.remove(x)),
+    ("heir", -1, lambda i, p, x: p.remove(0, x)),
+    ("now_s", 10**400, lambda i, p, x: p.admits(x)),
+]
+
+
+@pytest.mark.parametrize(("argument", "value", "call"), OUT_OF_RANGE)
+def test_a_number_out_of_range_is_named(
+    index: BlockIndex, argument: str, value: int, call: Callable[[BlockIndex, Policy, int], object]
+) -> None:
+    with pytest.raises(InvalidInput, match=rf"^{argument}: {value}(\D|$).*(allowed|needed|from 0 on)"):
+        call(index, Policy("lru", ARENA), value)
 
 
 @pytest.mark.parametrize("name", policies())

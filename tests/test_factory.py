@@ -60,7 +60,7 @@ def test_a_registered_class_is_imported_when_asked_for_and_not_before(folder, mo
     registry.register("L", "lazy_one", "Lazy")
     assert registry.names() == ("L", "Mine")
     assert "lazy_one" not in sys.modules
-    assert registry.connector_class("L") is sys.modules["lazy_one"].Lazy
+    assert registry.registered("L").load() is sys.modules["lazy_one"].Lazy
 
 
 @pytest.mark.parametrize(("name", "holder"), [("Mine", "kvmp has it for mine:Mine"), ("Taken", "first (by kvmp.f")])
@@ -80,9 +80,9 @@ def test_what_is_no_name_is_refused(given):
 
 def test_an_unknown_name_lists_what_there_is_and_the_nearest():
     with pytest.raises(ConfigError, match="'Mime'; did you mean 'Mine'\\? There are: Mine"):
-        fresh(list).connector_class("Mime")
+        fresh(list).registered("Mime")
     with pytest.raises(ConfigError, match=r"None\. There are: Mine"):
-        fresh(list).connector_class(None)
+        fresh(list).registered(None)
 
 
 def test_another_package_offers_a_connector(folder, monkeypatch):
@@ -93,7 +93,7 @@ def test_another_package_offers_a_connector(folder, monkeypatch):
     assert "Other" not in registry.names()
     assert "theirs_module" not in sys.modules
     module(folder, monkeypatch, "theirs_module", "class Theirs: pass")
-    assert registry.connector_class("Theirs").__name__ == "Theirs"
+    assert registry.registered("Theirs").load().__name__ == "Theirs"
 
 
 def test_a_package_that_takes_kvmps_name_is_refused_in_the_log_only(folder, warnings):
@@ -157,7 +157,7 @@ def test_what_is_not_what_it_says_is_refused_and_named(folder, monkeypatch, text
     registry = fresh()
     registry.register("W", "wrong_module", "Wrong")
     with pytest.raises(ConfigError) as caught:
-        registry.connector_class("W")
+        registry.registered("W").load()
     assert all(word in str(caught.value) for word in ["connector 'W'", "wrong_module:Wrong", *words]), caught.value
 
 
@@ -167,7 +167,7 @@ def test_a_module_may_register_while_it_is_imported(folder, monkeypatch):
     registry = fresh()
     monkeypatch.setattr("builtins._kvmp_hook", lambda: registry.register("Inner", "m", "C"), raising=False)
     registry.register("Outer", "registers", "Outer")
-    registry.connector_class("Outer")
+    registry.registered("Outer").load()
     assert "Inner" in registry.names()
 
 

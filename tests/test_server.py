@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -112,3 +115,26 @@ def test_ctrl_c_drains_and_ends_well(tmp_path: Path) -> None:
         assert server.process.wait(20) == 0
         assert "Traceback" not in server.log()
         assert "the segment is removed" in server.log()
+
+
+@pytest.mark.parametrize("ephemeral", [False, True])
+def test_a_server_ends_with_the_process_it_watches(tmp_path: Path, ephemeral: bool) -> None:
+    name, log = f"test-until-{os.getpid()}", tmp_path / "log"
+    segment = Path(f"/dev/shm/{name}.kvmp")
+    watched = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    command = [sys.executable, "-m", "kvmp", "serve", "--size", "16MiB", "--name", name, "--tcp", "off"]
+    flags = ["--socket", str(tmp_path / "kvmp.sock"), "--until-pid", str(watched.pid), *["--ephemeral"][:ephemeral]]
+    try:
+        with log.open("wb") as out, subprocess.Popen([*command, *flags], stderr=out, start_new_session=True) as server:
+            deadline = time.monotonic() + 20
+            while "ready:" not in log.read_text():
+                assert server.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+            watched.kill()
+            assert server.wait(20) == 0
+        assert f"process {watched.pid} ended: stopping" in log.read_text()
+        assert segment.exists() is not ephemeral
+    finally:
+        watched.kill()
+        watched.communicate()
+        segment.unlink(missing_ok=True)

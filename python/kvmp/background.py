@@ -21,8 +21,8 @@ def serve_command(size: str, endpoint: str, until_pid: int) -> list[str]:
     return ["kvmp", "serve", "--size", size, *serve_flags(endpoint), "--until-pid", str(until_pid)]
 
 
-def start(size: str, endpoint: str, *, until_pid: int, timeout_s: float = 10.0) -> int | None:
-    """Start a server that ends with the process ``until_pid``, and return its pid once it answers at ``endpoint``.
+def start(size: str, endpoint: str, *, until_pid: int, timeout_s: float = 10.0) -> subprocess.Popen[bytes] | None:
+    """Start a server that ends with the process ``until_pid``, and return it once it answers at ``endpoint``.
 
     None when another one came first and answers there. The server has a session of its own, so that a Ctrl-C in the
     terminal reaches it only through the process it serves; it logs to this process's standard error.
@@ -34,15 +34,16 @@ def start(size: str, endpoint: str, *, until_pid: int, timeout_s: float = 10.0) 
     deadline = time.monotonic() + timeout_s
     while not answers(endpoint, deadline - time.monotonic()):
         if process.poll() is not None:
-            return _other(endpoint, process.returncode)
+            _await_other(endpoint, process.returncode)
+            return None
         if time.monotonic() > deadline:
             process.terminate()
             raise KvmpError(f"the server started at {endpoint} was not ready within {timeout_s} s")
         time.sleep(_POLL_S)
-    return process.pid if process.poll() is None else None
+    return process if process.poll() is None else None
 
 
-def _other(endpoint: str, code: int) -> None:
+def _await_other(endpoint: str, code: int) -> None:
     deadline = time.monotonic() + _OTHER_S
     while not answers(endpoint, _OTHER_S):
         if time.monotonic() > deadline:

@@ -94,15 +94,14 @@ class Registry:
             self._read_offers()
             return tuple(sorted(self._by_name))
 
-    def connector_class(self, name: str) -> type[Any]:
-        """The class of a name; see the function of the module."""
+    def registered(self, name: str) -> Registered:
+        """Where the class of a name is; see the function of the module."""
         with self._lock:
             self._read_offers()
             found = self._by_name.get(name)
         if found is None:
             raise ConfigError(_unknown(name, self.names()))
-        # Outside the lock: the module that is imported may itself register a name.
-        return found.load()
+        return found
 
     def _read_offers(self) -> None:
         discover, self._discover = self._discover, None
@@ -166,13 +165,22 @@ def names() -> tuple[str, ...]:
     return _REGISTRY.names()
 
 
+def registered(name: str) -> Registered:
+    """Where the class of a connector is; nothing is imported.
+
+    Raises:
+        ConfigError: an unknown name, with all that there are.
+    """
+    return _REGISTRY.registered(name)
+
+
 def connector_class(name: str) -> type[Any]:
     """Imports and gives the class of a connector.
 
     Raises:
         ConfigError: an unknown name, with all that there are; or a class that cannot be imported.
     """
-    return _REGISTRY.connector_class(name)
+    return registered(name).load()
 
 
 def create(name: str, *args: Any, **kwargs: Any) -> Any:

@@ -80,7 +80,7 @@ def _open(folder: Path) -> Path:
 
 @pytest.mark.parametrize(("version", "level"), [("0.28.1", Level.FAIL), ("0.30.0", Level.OK), ("0.34.0", Level.FAIL)])
 def test_vllms_version_is_judged(monkeypatch: pytest.MonkeyPatch, version: str, level: Level) -> None:
-    monkeypatch.setattr(software, "_version", lambda name: version if name == "vllm" else None)
+    monkeypatch.setattr(software.version, "installed", lambda: version)
     found = software.vllm()
     assert found.level is level
     assert version in found.says

@@ -113,15 +113,14 @@ def test_a_size_that_is_none_is_refused_before_anything_starts(capsys: pytest.Ca
 
 
 def test_a_background_server_ends_with_the_process_it_serves(nobody: str) -> None:
-    watched = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    pid = background.start("64MiB", nobody, until_pid=watched.pid)
-    try:
-        assert pid is not None
-        assert os.getsid(pid) == pid
-    finally:
-        watched.kill()
-        watched.wait()
-    assert os.waitpid(pid, 0)[1] == 0
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as watched:
+        try:
+            server = background.start("64MiB", nobody, until_pid=watched.pid)
+            assert server is not None
+            assert os.getsid(server.pid) == server.pid
+        finally:
+            watched.kill()
+    assert server.wait(10) == 0
     segment = Path("/dev/shm/nobody.kvmp")
     assert segment.exists()
     segment.unlink()

@@ -140,7 +140,9 @@ def test_what_kubernetes_and_others_set_is_left_alone():
     [
         ({"kvmp.endpont": "unix:/s"}, ["'kvmp.endpont'", "did you mean 'kvmp.endpoint'", "kvmp.save_decode"]),
         ({"kvmp.zzzzzzzzzzz": 1}, ["'kvmp.zzzzzzzzzzz'. Allowed", "kvmp.config_file"]),
-        ({"kvmp.": 1}, ["'kvmp.'"]),
+        ({"kvmp.": 1}, ["'kvmp.'. Allowed"]),
+        ({"kvmp.x": 1}, ["'kvmp.x'. Allowed"]),
+        ({"kvmp.size": 1}, ["'kvmp.size'", "mean 'kvmp.spawn_size'"]),
         ({"timeout_ms": 5}, ["'timeout_ms'", "mean 'kvmp.timeout_ms'"]),
         ({"endpoint": "unix:/s"}, ["'endpoint'", "mean 'kvmp.endpoint'"]),
         ({"kvpm.endpoint": "unix:/s"}, ["'kvpm.endpoint'", "mean 'kvmp.endpoint'"]),

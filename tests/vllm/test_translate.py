@@ -12,8 +12,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from kvmp.config import ConfigError, KVTransferConfig, OffloadingConfig, translate
 
-# A configuration of vLLM 0.29 imports torch's compiler, which warns of itself.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+# vLLM imports parts of itself while it makes a config; what torch warns of then is its own.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 
 CONNECTORS = ["OffloadingConnector", "SimpleCPUOffloadConnector", "LMCacheMPConnector", "NixlConnector"]
 HAS_OLD_FIELDS = "kv_ip" in TheirTransferConfig.__dataclass_fields__

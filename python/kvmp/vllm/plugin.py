@@ -40,7 +40,12 @@ def register() -> None:
 def _register_missing(registry: Any) -> None:
     for name in factory.names():
         if name not in registry._registry:  # vLLM's own names, and ours when we are called again
-            registry.register_connector(name, *factory.target(name))
+            _register(registry, name, name)
+
+
+def _register(registry: Any, name: str, ours: str) -> None:
+    where = factory.registered(ours)
+    registry.register_connector(name, where.module, where.class_name)
 
 
 def _wants_lmcache(logger: logging.Logger) -> bool:
@@ -52,6 +57,6 @@ def _wants_lmcache(logger: logging.Logger) -> bool:
 
 def _replace_lmcache(registry: Any, logger: logging.Logger) -> None:
     registry._registry.pop(LMCACHE, None)
-    registry.register_connector(LMCACHE, *factory.target(_OURS))
+    _register(registry, LMCACHE, _OURS)
     if multiprocessing.parent_process() is None:
         logger.info("kvmp answers for %s (%s)", LMCACHE, REPLACE_LMCACHE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import time
 
 from kvmp import background
@@ -50,6 +51,7 @@ class Spawner:
         self._logger = logger
         self._pause_s = _PAUSE_FIRST_S
         self._not_before = 0.0
+        self._server: subprocess.Popen[bytes] | None = None  # kept, so that one that ended is reaped at the next start
 
     def start(self) -> bool:
         """Whether a server is there now; waits until it answers, so never called on an engine's thread."""
@@ -57,13 +59,14 @@ class Spawner:
         if self._options.on_unreachable != "spawn" or size is None or time.monotonic() < self._not_before:
             return False
         try:
-            pid = background.start(size, self._options.endpoint, until_pid=os.getpid())
+            self._server = background.start(size, self._options.endpoint, until_pid=os.getpid())
         except (KvmpError, OSError) as error:
             self._logger.warning("kvmp: no server could be started at %s: %s", self._options.endpoint, error)
             self._not_before = time.monotonic() + self._pause_s
             self._pause_s = min(2 * self._pause_s, _PAUSE_LAST_S)
             return False
         self._pause_s = _PAUSE_FIRST_S
-        if pid is not None:
-            self._logger.info("kvmp: started a server of %s (pid %d) at %s", size, pid, self._options.endpoint)
+        if self._server is not None:
+            what = (size, self._server.pid, self._options.endpoint)
+            self._logger.info("kvmp: started a server of %s (pid %d) at %s", *what)
         return True

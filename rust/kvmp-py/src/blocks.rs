@@ -9,6 +9,7 @@ use crate::client::Client;
 use crate::errors::{OrRaise, invalid};
 use crate::layout::BlockLayout;
 use crate::namespace::Namespace;
+use crate::numbers::{integer, name, optional};
 
 /// Copies of more bytes give the GIL away.
 const KEEP_GIL_BYTES: u64 = 64 << 10;
@@ -39,11 +40,11 @@ impl Client {
         py: Python<'_>,
         layout: &BlockLayout,
         namespace: &Namespace,
-        group: u16,
+        #[pyo3(from_py_with = integer::<name::Group, _>)] group: u16,
         block_ids: &Bound<'_, PyAny>,
         slots: &Bound<'_, PyAny>,
-        threads: Option<usize>,
-        server_epoch: Option<u64>,
+        #[pyo3(from_py_with = optional::<name::Threads, _>)] threads: Option<usize>,
+        #[pyo3(from_py_with = optional::<name::ServerEpoch, _>)] server_epoch: Option<u64>,
     ) -> PyResult<()> {
         let (blocks, slots) = (self::block_ids(block_ids, layout)?, list::<u32>(slots, "slots")?);
         server_epoch.map_or(Ok(()), |epoch| self.inner.check_epoch(epoch)).or_raise(py)?;
@@ -66,11 +67,11 @@ impl Client {
         py: Python<'py>,
         layout: &BlockLayout,
         namespace: &Namespace,
-        group: u16,
+        #[pyo3(from_py_with = integer::<name::Group, _>)] group: u16,
         block_ids: &Bound<'py, PyAny>,
         slots: &Bound<'py, PyAny>,
         words: &Bound<'py, PyAny>,
-        threads: Option<usize>,
+        #[pyo3(from_py_with = optional::<name::Threads, _>)] threads: Option<usize>,
     ) -> PyResult<Bound<'py, PyArray1<bool>>> {
         let blocks = self::block_ids(block_ids, layout)?;
         let (slots, words) = (list::<u32>(slots, "slots")?, list::<u64>(words, "words")?);

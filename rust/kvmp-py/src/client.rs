@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 
 use crate::errors::{OrRaise, invalid};
 use crate::namespace::{Namespace, spec};
+use crate::numbers::{float, integer, integers, name, optional};
 use crate::wait::bounded;
 
 /// A connection to a kvmp server. Threads may share it; a forked child may not use it.
@@ -41,12 +42,12 @@ impl Client {
         py: Python<'_>,
         endpoint: &str,
         role: &str,
-        engine_token: Option<u64>,
-        part: Option<u16>,
+        #[pyo3(from_py_with = optional::<name::EngineToken, _>)] engine_token: Option<u64>,
+        #[pyo3(from_py_with = optional::<name::Part, _>)] part: Option<u16>,
         socket_dir: Option<PathBuf>,
-        timeout_ms: f64,
+        #[pyo3(from_py_with = float::<name::TimeoutMs>)] timeout_ms: f64,
         dma: bool,
-        allow_uids: Vec<u32>,
+        #[pyo3(from_py_with = integers::<name::AllowUids, _>)] allow_uids: Vec<u32>,
         reuse: Option<&Self>,
     ) -> PyResult<Self> {
         let role = role_of(py, role)?;
@@ -121,13 +122,18 @@ impl Client {
 
     /// Seconds of a round trip; an answer clears `lost` as long as the session lives.
     #[pyo3(signature = (timeout_ms=100.0))]
-    fn ping(&self, py: Python<'_>, timeout_ms: f64) -> PyResult<f64> {
+    fn ping(&self, py: Python<'_>, #[pyo3(from_py_with = float::<name::TimeoutMs>)] timeout_ms: f64) -> PyResult<f64> {
         bounded(py, timeout_ms, |bound| self.inner.ping(bound)).map(|took| took.as_secs_f64())
     }
 
     /// Opens a namespace from its spec (a `NamespaceSpec`, or its JSON).
     #[pyo3(signature = (spec, timeout_ms=1000.0))]
-    fn open(&self, py: Python<'_>, spec: &Bound<'_, PyAny>, timeout_ms: f64) -> PyResult<Namespace> {
+    fn open(
+        &self,
+        py: Python<'_>,
+        spec: &Bound<'_, PyAny>,
+        #[pyo3(from_py_with = float::<name::TimeoutMs>)] timeout_ms: f64,
+    ) -> PyResult<Namespace> {
         let spec = self::spec(spec)?;
         let inner = bounded(py, timeout_ms, |bound| self.inner.open(&spec, bound))?;
         Ok(Namespace { inner })
@@ -138,10 +144,10 @@ impl Client {
     fn join(
         &self,
         py: Python<'_>,
-        namespace_id: u16,
+        #[pyo3(from_py_with = integer::<name::NamespaceId, _>)] namespace_id: u16,
         digest: &str,
         layout_json: &str,
-        timeout_ms: f64,
+        #[pyo3(from_py_with = float::<name::TimeoutMs>)] timeout_ms: f64,
     ) -> PyResult<Namespace> {
         let layout = serde_json::from_str(layout_json).map_err(|e| invalid(py, "layout_json", e))?;
         let inner = bounded(py, timeout_ms, |bound| self.inner.join(namespace_id, digest, &layout, bound))?;

@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 use crate::arguments::{array, list};
 use crate::client::Client;
 use crate::errors::OrRaise;
+use crate::numbers::{float, integer, name};
 use crate::wait::bounded;
 
 impl Client {
@@ -25,11 +26,11 @@ impl Client {
     fn commit(
         &self,
         py: Python<'_>,
-        lease_id: u64,
+        #[pyo3(from_py_with = integer::<name::LeaseId, _>)] lease_id: u64,
         slots: &Bound<'_, PyAny>,
         words: &Bound<'_, PyAny>,
         sums: Option<&Bound<'_, PyAny>>,
-        timeout_ms: f64,
+        #[pyo3(from_py_with = float::<name::TimeoutMs>)] timeout_ms: f64,
     ) -> PyResult<u32> {
         let (slots, words) = (list::<u32>(slots, "slots")?, list::<u64>(words, "words")?);
         let sums = sums.map(|sums| self.part_sums(py, sums, &slots)).transpose()?;
@@ -41,10 +42,10 @@ impl Client {
     fn abort(
         &self,
         py: Python<'_>,
-        lease_id: u64,
+        #[pyo3(from_py_with = integer::<name::LeaseId, _>)] lease_id: u64,
         slots: &Bound<'_, PyAny>,
         words: &Bound<'_, PyAny>,
-        timeout_ms: f64,
+        #[pyo3(from_py_with = float::<name::TimeoutMs>)] timeout_ms: f64,
     ) -> PyResult<u32> {
         let (slots, words) = (list::<u32>(slots, "slots")?, list::<u64>(words, "words")?);
         bounded(py, timeout_ms, |bound| self.inner.abort(lease_id, &slots, &words, bound))

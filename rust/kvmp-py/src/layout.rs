@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 
 use crate::arguments::flat;
 use crate::errors::{from_client, invalid};
+use crate::numbers::{integer, name};
 
 /// Runs of bytes of every block of some paged memory: block `b` has run `r` at `r.addr + b * r.block_stride`.
 #[pyclass(frozen, module = "kvmp._kvmp")]
@@ -25,7 +26,11 @@ impl BlockLayout {
     /// `runs`: int64 `(n, 4)`, rows [address, block stride, length, offset in the part], all in bytes. They must tile
     /// the part, and neither blocks nor runs may share a byte.
     #[new]
-    fn new(py: Python<'_>, runs: &Bound<'_, PyAny>, num_blocks: u32) -> PyResult<Self> {
+    fn new(
+        py: Python<'_>,
+        runs: &Bound<'_, PyAny>,
+        #[pyo3(from_py_with = integer::<name::NumBlocks, _>)] num_blocks: u32,
+    ) -> PyResult<Self> {
         let what = "an array of shape (n, 4) and dtype int64 is needed";
         let flat = flat::<i64>(runs, "runs", what, |shape| matches!(shape, [_, 4]))?;
         let runs = flat.as_chunks::<4>().0.iter().map(|row| run(py, row)).collect::<PyResult<_>>()?;

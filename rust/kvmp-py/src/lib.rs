@@ -12,6 +12,7 @@ mod errors;
 mod layout;
 mod lookup;
 mod namespace;
+mod numbers;
 mod program;
 mod reserve;
 mod stats;

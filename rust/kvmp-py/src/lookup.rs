@@ -9,6 +9,7 @@ use crate::arguments::{array, hashes};
 use crate::client::Client;
 use crate::errors::{OrRaise, invalid};
 use crate::namespace::Namespace;
+use crate::numbers::{float, integer, name};
 use crate::wait::bounded;
 
 /// A lookup under way.
@@ -59,7 +60,7 @@ impl Client {
         py: Python<'_>,
         namespace: &Namespace,
         hashes: &Bound<'_, PyAny>,
-        timeout_ms: f64,
+        #[pyo3(from_py_with = float::<name::TimeoutMs>)] timeout_ms: f64,
     ) -> PyResult<ReadLease> {
         let hashes = self::hashes(hashes)?;
         bounded(py, timeout_ms, |bound| self.inner.lookup(&namespace.inner, &hashes, bound)).map(ReadLease::new)
@@ -95,25 +96,37 @@ impl ReadLease {
 
     /// Blocks of a group in the hit.
     #[pyo3(signature = (group=0))]
-    fn blocks(&self, py: Python<'_>, group: u16) -> PyResult<usize> {
+    fn blocks(&self, py: Python<'_>, #[pyo3(from_py_with = integer::<name::Group, _>)] group: u16) -> PyResult<usize> {
         self.group(py, group, |run| run.slots.len())
     }
 
     /// Slot numbers of a group's blocks, uint32 `(blocks,)`.
     #[pyo3(signature = (group=0))]
-    fn slots<'py>(&self, py: Python<'py>, group: u16) -> PyResult<Bound<'py, PyArray1<u32>>> {
+    fn slots<'py>(
+        &self,
+        py: Python<'py>,
+        #[pyo3(from_py_with = integer::<name::Group, _>)] group: u16,
+    ) -> PyResult<Bound<'py, PyArray1<u32>>> {
         self.group(py, group, |run| array(py, &run.slots))
     }
 
     /// Their slot words, uint64 `(blocks,)`.
     #[pyo3(signature = (group=0))]
-    fn words<'py>(&self, py: Python<'py>, group: u16) -> PyResult<Bound<'py, PyArray1<u64>>> {
+    fn words<'py>(
+        &self,
+        py: Python<'py>,
+        #[pyo3(from_py_with = integer::<name::Group, _>)] group: u16,
+    ) -> PyResult<Bound<'py, PyArray1<u64>>> {
         self.group(py, group, |run| array(py, &run.words))
     }
 
     /// Index of the first of a group's blocks in the chain.
     #[pyo3(signature = (group=0))]
-    fn first_block(&self, py: Python<'_>, group: u16) -> PyResult<u32> {
+    fn first_block(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = integer::<name::Group, _>)] group: u16,
+    ) -> PyResult<u32> {
         self.group(py, group, |run| run.first_block)
     }
 

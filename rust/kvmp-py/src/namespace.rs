@@ -7,6 +7,7 @@ use pyo3::types::PyDict;
 
 use crate::client::Client;
 use crate::errors::{Class, OrRaise, raise};
+use crate::numbers::{integer, name};
 
 /// A namespace that a client opened or joined; good for that client only.
 #[pyclass(frozen, module = "kvmp._kvmp")]
@@ -41,7 +42,11 @@ impl Namespace {
 
     /// Bytes of a slot of a group, all parts with their alignment.
     #[pyo3(signature = (group=0))]
-    fn slot_bytes(&self, py: Python<'_>, group: u16) -> PyResult<u64> {
+    fn slot_bytes(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = integer::<name::Group, _>)] group: u16,
+    ) -> PyResult<u64> {
         Ok(u64::from(self.inner.slot_layout(group).or_raise(py)?.pages) * kvmp_core::geometry::PAGE)
     }
 

@@ -10,6 +10,7 @@ use crate::arguments::{array, hashes, parent};
 use crate::client::Client;
 use crate::errors::OrRaise;
 use crate::namespace::Namespace;
+use crate::numbers::{float, integer, name};
 use crate::wait::bounded;
 
 /// A reserve under way.
@@ -45,9 +46,9 @@ impl Client {
         py: Python<'_>,
         namespace: &Namespace,
         hashes: &Bound<'_, PyAny>,
-        first_block: u32,
+        #[pyo3(from_py_with = integer::<name::FirstBlock, _>)] first_block: u32,
         parent: Option<&[u8]>,
-        group: u16,
+        #[pyo3(from_py_with = integer::<name::Group, _>)] group: u16,
     ) -> PyResult<PendingReserve> {
         let (hashes, parent) = (self::hashes(hashes)?, self::parent(py, parent)?);
         let list = ReserveList { hashes: &hashes, first_block, parent: parent.as_ref(), group };
@@ -63,10 +64,10 @@ impl Client {
         py: Python<'_>,
         namespace: &Namespace,
         hashes: &Bound<'_, PyAny>,
-        first_block: u32,
+        #[pyo3(from_py_with = integer::<name::FirstBlock, _>)] first_block: u32,
         parent: Option<&[u8]>,
-        group: u16,
-        timeout_ms: f64,
+        #[pyo3(from_py_with = integer::<name::Group, _>)] group: u16,
+        #[pyo3(from_py_with = float::<name::TimeoutMs>)] timeout_ms: f64,
     ) -> PyResult<WriteLease> {
         let (hashes, parent) = (self::hashes(hashes)?, self::parent(py, parent)?);
         let list = ReserveList { hashes: &hashes, first_block, parent: parent.as_ref(), group };

@@ -44,6 +44,23 @@ pub enum ServerError {
         /// What makes room.
         mend: String,
     },
+    /// Not even the smallest segment has room.
+    #[error(
+        "no room for a segment in {}: {} are needed to begin with, and {what} has {} free; {mend}, take another \
+         --arena-dir, or a smaller --size, whose chunks are smaller", dir.display(), Bytes(*needed), Bytes(*free)
+    )]
+    NoRoomAtAll {
+        /// The arena dir.
+        dir: PathBuf,
+        /// Bytes of a segment with one chunk backed.
+        needed: u64,
+        /// What is full.
+        what: String,
+        /// How much it has free.
+        free: u64,
+        /// What makes room.
+        mend: String,
+    },
     /// The arena dir is on a disk, say.
     #[error("--arena-dir {}: not a tmpfs or hugetlbfs; memory speed needs one (/dev/shm is a tmpfs)", dir.display())]
     NotMemory {

@@ -13,6 +13,7 @@ use pyo3::prelude::*;
 use super::{geometry, lock, ticks};
 use crate::arguments::{array, hashes, list, parent};
 use crate::errors::{Class, invalid, raise};
+use crate::numbers::{float, integer, name, optional};
 
 /// The block store of a server, without the server: same rules, same answers, no shared memory.
 #[pyclass(frozen, module = "kvmp._kvmp")]
@@ -96,10 +97,10 @@ impl BlockIndex {
     #[pyo3(signature = (arena_bytes, *, chunk_bytes=None, policy="lru", read_ttl_s=60.0))]
     fn new(
         py: Python<'_>,
-        arena_bytes: u64,
-        chunk_bytes: Option<u64>,
+        #[pyo3(from_py_with = integer::<name::ArenaBytes, _>)] arena_bytes: u64,
+        #[pyo3(from_py_with = optional::<name::ChunkBytes, _>)] chunk_bytes: Option<u64>,
         policy: &str,
-        read_ttl_s: f64,
+        #[pyo3(from_py_with = float::<name::ReadTtlS>)] read_ttl_s: f64,
     ) -> PyResult<Self> {
         let geometry = geometry(py, arena_bytes, chunk_bytes)?;
         let policy = factory(policy).map_err(|error| invalid(py, "policy", error))?;
@@ -111,7 +112,12 @@ impl BlockIndex {
     }
 
     /// Makes a namespace (a `NamespaceSpec`, or its JSON) known under a number.
-    fn add_namespace(&self, py: Python<'_>, namespace_id: u16, spec: &Bound<'_, PyAny>) -> PyResult<()> {
+    fn add_namespace(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = integer::<name::NamespaceId, _>)] namespace_id: u16,
+        spec: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
         let spec = crate::namespace::spec(spec)?;
         lock(&self.store).add_namespace(NamespaceId(namespace_id), &spec).map_err(|error| refused(py, &error))
     }
@@ -121,10 +127,10 @@ impl BlockIndex {
     fn lookup(
         &self,
         py: Python<'_>,
-        namespace_id: u16,
+        #[pyo3(from_py_with = integer::<name::NamespaceId, _>)] namespace_id: u16,
         hashes: &Bound<'_, PyAny>,
-        now_s: f64,
-        engine: u64,
+        #[pyo3(from_py_with = float::<name::NowS>)] now_s: f64,
+        #[pyo3(from_py_with = integer::<name::Engine, _>)] engine: u64,
     ) -> PyResult<IndexHit> {
         let (keys, now) = (keys(hashes)?, ticks(py, now_s)?);
         let mut store = lock(&self.store);
@@ -147,13 +153,13 @@ impl BlockIndex {
     fn reserve(
         &self,
         py: Python<'_>,
-        namespace_id: u16,
+        #[pyo3(from_py_with = integer::<name::NamespaceId, _>)] namespace_id: u16,
         hashes: &Bound<'_, PyAny>,
-        first_block: u32,
+        #[pyo3(from_py_with = integer::<name::FirstBlock, _>)] first_block: u32,
         parent: Option<&[u8]>,
-        group: u16,
-        now_s: f64,
-        engine: u64,
+        #[pyo3(from_py_with = integer::<name::Group, _>)] group: u16,
+        #[pyo3(from_py_with = float::<name::NowS>)] now_s: f64,
+        #[pyo3(from_py_with = integer::<name::Engine, _>)] engine: u64,
     ) -> PyResult<IndexGrant> {
         let (keys, now) = (keys(hashes)?, ticks(py, now_s)?);
         let parent = self::parent(py, parent)?.map(BlockKey);
@@ -171,11 +177,11 @@ impl BlockIndex {
     #[pyo3(signature = (lease_id, slots, words, *, part=0, engine=1))]
     fn commit(
         &self,
-        lease_id: u64,
+        #[pyo3(from_py_with = integer::<name::LeaseId, _>)] lease_id: u64,
         slots: &Bound<'_, PyAny>,
         words: &Bound<'_, PyAny>,
-        part: u16,
-        engine: u64,
+        #[pyo3(from_py_with = integer::<name::Part, _>)] part: u16,
+        #[pyo3(from_py_with = integer::<name::Engine, _>)] engine: u64,
     ) -> PyResult<(u32, u32)> {
         let sum = |(slot, word)| (slot, word, PartSum::default());
         let slots: Vec<_> = named(slots, words)?.into_iter().map(sum).collect();
@@ -187,11 +193,11 @@ impl BlockIndex {
     #[pyo3(signature = (lease_id, slots, words, *, part=0, engine=1))]
     fn abort(
         &self,
-        lease_id: u64,
+        #[pyo3(from_py_with = integer::<name::LeaseId, _>)] lease_id: u64,
         slots: &Bound<'_, PyAny>,
         words: &Bound<'_, PyAny>,
-        part: u16,
-        engine: u64,
+        #[pyo3(from_py_with = integer::<name::Part, _>)] part: u16,
+        #[pyo3(from_py_with = integer::<name::Engine, _>)] engine: u64,
     ) -> PyResult<u32> {
         let slots = named(slots, words)?;
         Ok(lock(&self.store).abort(EngineToken(engine), LeaseId(lease_id), PartId(part), &slots).aborted)
@@ -199,18 +205,26 @@ impl BlockIndex {
 
     /// Gives up a whole write lease; whether there was one.
     #[pyo3(signature = (lease_id, *, engine=1))]
-    fn cancel(&self, lease_id: u64, engine: u64) -> bool {
+    fn cancel(
+        &self,
+        #[pyo3(from_py_with = integer::<name::LeaseId, _>)] lease_id: u64,
+        #[pyo3(from_py_with = integer::<name::Engine, _>)] engine: u64,
+    ) -> bool {
         lock(&self.store).cancel(EngineToken(engine), LeaseId(lease_id))
     }
 
     /// Ends a read lease; whether there was one.
     #[pyo3(signature = (lease_id, *, engine=1))]
-    fn release(&self, lease_id: u64, engine: u64) -> bool {
+    fn release(
+        &self,
+        #[pyo3(from_py_with = integer::<name::LeaseId, _>)] lease_id: u64,
+        #[pyo3(from_py_with = integer::<name::Engine, _>)] engine: u64,
+    ) -> bool {
         lock(&self.store).release(EngineToken(engine), LeaseId(lease_id))
     }
 
     /// Ends the read leases whose time has passed; returns how many.
-    fn expire(&self, py: Python<'_>, now_s: f64) -> PyResult<u32> {
+    fn expire(&self, py: Python<'_>, #[pyo3(from_py_with = float::<name::NowS>)] now_s: f64) -> PyResult<u32> {
         let now = ticks(py, now_s)?;
         Ok(lock(&self.store).expire(now))
     }

@@ -11,6 +11,7 @@ use pyo3::prelude::*;
 
 use super::{geometry, lock, ticks};
 use crate::errors::{Class, invalid, raise};
+use crate::numbers::{float, integer, name, optional};
 
 /// An eviction policy over the slots of one size.
 #[pyclass(frozen, module = "kvmp._kvmp")]
@@ -55,7 +56,12 @@ impl Policy {
     /// The policy `name` for an arena of so many bytes; chunks of `chunk_bytes`, or of the size a server would choose.
     #[new]
     #[pyo3(signature = (name, arena_bytes, chunk_bytes=None))]
-    fn new(py: Python<'_>, name: &str, arena_bytes: u64, chunk_bytes: Option<u64>) -> PyResult<Self> {
+    fn new(
+        py: Python<'_>,
+        name: &str,
+        #[pyo3(from_py_with = integer::<name::ArenaBytes, _>)] arena_bytes: u64,
+        #[pyo3(from_py_with = optional::<name::ChunkBytes, _>)] chunk_bytes: Option<u64>,
+    ) -> PyResult<Self> {
         let geometry = geometry(py, arena_bytes, chunk_bytes)?;
         let policy = create(name, &geometry).map_err(|error| invalid(py, "name", error))?;
         let (chunks, tracked, evictable) = Default::default();
@@ -75,7 +81,12 @@ impl Policy {
     }
 
     /// The first `slots` slots of a chunk are the policy's from now on.
-    fn add_chunk(&self, py: Python<'_>, chunk: u32, slots: u32) -> PyResult<()> {
+    fn add_chunk(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = integer::<name::Chunk, _>)] chunk: u32,
+        #[pyo3(from_py_with = integer::<name::Slots, _>)] slots: u32,
+    ) -> PyResult<()> {
         let mut state = lock(&self.state);
         if chunk >= self.geometry.chunks || state.chunks.contains_key(&chunk) {
             return Err(invalid(py, "chunk", format!("{chunk} is out of range or there already")));
@@ -89,7 +100,11 @@ impl Policy {
     }
 
     /// The chunk goes to another slot size; none of its slots may be tracked.
-    fn remove_chunk(&self, py: Python<'_>, chunk: u32) -> PyResult<()> {
+    fn remove_chunk(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = integer::<name::Chunk, _>)] chunk: u32,
+    ) -> PyResult<()> {
         let mut state = lock(&self.state);
         let first = chunk.saturating_mul(self.geometry.chunk_pages());
         let last = first.saturating_add(self.geometry.chunk_pages() - 1);
@@ -102,7 +117,12 @@ impl Policy {
     }
 
     /// A block was granted in `slot`, of a chunk that was added.
-    fn insert(&self, py: Python<'_>, slot: u32, now_s: f64) -> PyResult<()> {
+    fn insert(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = integer::<name::Slot, _>)] slot: u32,
+        #[pyo3(from_py_with = float::<name::NowS>)] now_s: f64,
+    ) -> PyResult<()> {
         let mut state = lock(&self.state);
         let index = self.geometry.index_of(SlotId(slot));
         let slots = state.chunks.get(&(slot / self.geometry.chunk_pages())).copied().unwrap_or(0);
@@ -116,7 +136,12 @@ impl Policy {
     }
 
     /// A hit ended at this block.
-    fn touch(&self, py: Python<'_>, slot: u32, now_s: f64) -> PyResult<()> {
+    fn touch(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = integer::<name::Slot, _>)] slot: u32,
+        #[pyo3(from_py_with = float::<name::NowS>)] now_s: f64,
+    ) -> PyResult<()> {
         let mut state = lock(&self.state);
         let slot = state.tracked(py, "slot", slot)?;
         let now = state.advance(py, now_s)?;
@@ -126,7 +151,12 @@ impl Policy {
 
     /// The block may be evicted from now on (`yes`), or not (pinned, being written, or a resident child hangs on it).
     #[pyo3(signature = (slot, yes=true))]
-    fn set_evictable(&self, py: Python<'_>, slot: u32, yes: bool) -> PyResult<()> {
+    fn set_evictable(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = integer::<name::Slot, _>)] slot: u32,
+        yes: bool,
+    ) -> PyResult<()> {
         let mut state = lock(&self.state);
         let slot = state.tracked(py, "slot", slot)?;
         if !yes {
@@ -139,7 +169,12 @@ impl Policy {
 
     /// The block left its slot; `heir` is its parent's, where that is resident.
     #[pyo3(signature = (slot, heir=None))]
-    fn remove(&self, py: Python<'_>, slot: u32, heir: Option<u32>) -> PyResult<()> {
+    fn remove(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = integer::<name::Slot, _>)] slot: u32,
+        #[pyo3(from_py_with = optional::<name::Heir, _>)] heir: Option<u32>,
+    ) -> PyResult<()> {
         let mut state = lock(&self.state);
         let slot = state.tracked(py, "slot", slot)?;
         let heir = heir.map(|heir| state.tracked(py, "heir", heir)).transpose()?;
@@ -157,7 +192,7 @@ impl Policy {
     }
 
     /// Whether a new block is worth a slot that another must leave.
-    fn admits(&self, py: Python<'_>, now_s: f64) -> PyResult<bool> {
+    fn admits(&self, py: Python<'_>, #[pyo3(from_py_with = float::<name::NowS>)] now_s: f64) -> PyResult<bool> {
         let mut state = lock(&self.state);
         let now = state.advance(py, now_s)?;
         Ok(state.policy.admits(now))

@@ -14,6 +14,7 @@ use rustix::fs::MemfdFlags;
 
 use super::lock;
 use crate::errors::{Class, invalid, raise};
+use crate::numbers::{integer, name, optional};
 
 /// One side of a shared-memory ring. A side has one producer and one consumer, so one process may attach each once.
 #[pyclass(frozen, module = "kvmp._kvmp")]
@@ -64,7 +65,11 @@ impl Ring {
     /// Both queues must be fresh: a side keeps its own positions and starts at 0.
     #[new]
     #[pyo3(signature = (fd=None, *, side="client"))]
-    fn new(py: Python<'_>, fd: Option<RawFd>, side: &str) -> PyResult<Self> {
+    fn new(
+        py: Python<'_>,
+        #[pyo3(from_py_with = optional::<name::Fd, _>)] fd: Option<RawFd>,
+        side: &str,
+    ) -> PyResult<Self> {
         let (to, from, side) = match side {
             "client" => (SUBMISSIONS, COMPLETIONS, "client"),
             "server" => (COMPLETIONS, SUBMISSIONS, "server"),
@@ -120,14 +125,24 @@ impl Ring {
     }
 
     /// Copies bytes into the scratch area.
-    fn write_scratch(&self, py: Python<'_>, offset: u32, data: &[u8]) -> PyResult<()> {
+    fn write_scratch(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = integer::<name::Offset, _>)] offset: u32,
+        data: &[u8],
+    ) -> PyResult<()> {
         Self::check_scratch(py, offset, data.len())?;
         self.ring.write_scratch(offset, data);
         Ok(())
     }
 
     /// Copies `length` bytes out of the scratch area.
-    fn read_scratch<'py>(&self, py: Python<'py>, offset: u32, length: usize) -> PyResult<Bound<'py, PyBytes>> {
+    fn read_scratch<'py>(
+        &self,
+        py: Python<'py>,
+        #[pyo3(from_py_with = integer::<name::Offset, _>)] offset: u32,
+        #[pyo3(from_py_with = integer::<name::Length, _>)] length: usize,
+    ) -> PyResult<Bound<'py, PyBytes>> {
         Self::check_scratch(py, offset, length)?;
         PyBytes::new_with(py, length, |into| {
             self.ring.read_scratch(offset, into);

@@ -39,6 +39,8 @@ fn asked(error: ClientError) -> ServerError {
 fn connect(place: Where) -> Result<Client, ServerError> {
     let name = checked_name(place.name)?;
     let path = place.socket.unwrap_or_else(|| default_socket(&name));
+    let path = std::path::absolute(&path)
+        .map_err(|e| ServerError::Config { key: format!("--socket {}", path.display()), why: e.to_string() })?;
     let endpoint = format!("unix:{}", path.display());
     Client::connect(&endpoint, &ConnectOptions::new(Role::Tool), &Bound::ms(PATIENCE_MS)).map_err(asked)
 }

@@ -13,12 +13,11 @@ use kvmp_core::segment::{Access, Layout, Mapping, SegmentHeader, SegmentId, Tabl
 use rustix::fs::{FallocateFlags, RenameFlags};
 
 use super::locks::lock_server;
+use super::place::{check_folder, check_memory_fs, is_there, not_made, not_opened, segment_path};
 use crate::config::ServerConfig;
 use crate::error::{Context, ServerError};
 use crate::process::start_time;
 
-const TMPFS_MAGIC: u64 = 0x0102_1994;
-const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 /// Recoveries begun and not finished after which the next start is empty.
 const RECOVERIES_MAX: u64 = 2;
 
@@ -44,22 +43,8 @@ pub struct SegmentFile {
     pub found: Found,
 }
 
-/// Path of the segment of a name.
-fn segment_path(dir: &Path, name: &str) -> PathBuf {
-    dir.join(format!("{name}.kvmp"))
-}
-
 fn open_rw(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOFOLLOW).open(path)
-}
-
-fn check_memory_fs(dir: &Path) -> Result<(), ServerError> {
-    let stat = rustix::fs::statfs(dir).doing(|| format!("--arena-dir {}", dir.display()))?;
-    if [TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&(stat.f_type as u64)) {
-        Ok(())
-    } else {
-        Err(ServerError::NotMemory { dir: dir.to_owned() })
-    }
 }
 
 fn boot_id() -> Result<[u8; 16], ServerError> {
@@ -88,10 +73,10 @@ fn read_header(file: &File) -> Option<SegmentHeader> {
 
 /// Opens what is under the path and locks it. `None`: nothing there.
 fn lock_existing(path: &Path, name: &str) -> Result<Option<File>, ServerError> {
-    loop {
+    while is_there(path)? {
         let file = match open_rw(path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            other => other.doing(|| format!("opening {}", path.display()))?,
+            other => other.map_err(|e| not_opened(path, e))?,
         };
         if !lock_server(&file).doing(|| format!("locking {}", path.display()))? {
             let pid = read_header(&file).map_or(0, |header| header.server_pid);
@@ -104,6 +89,7 @@ fn lock_existing(path: &Path, name: &str) -> Result<Option<File>, ServerError> {
             _ => {}
         }
     }
+    Ok(None)
 }
 
 /// Why a locked file cannot be gone on with; `Ok` gives its layout.
@@ -273,21 +259,28 @@ fn make(path: &Path, geometry: Geometry, replace: bool) -> Result<Option<File>, 
 }
 
 fn fill_new(path: &Path, layout: &Layout) -> Result<File, ServerError> {
-    let what = || format!("making {}", path.display());
-    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path).doing(what)?;
-    file.set_len(layout.file_bytes()).doing(what)?;
-    for (offset, len) in layout.always_backed() {
-        rustix::fs::fallocate(&file, FallocateFlags::empty(), offset, len).doing(what)?;
-    }
     let header = SegmentHeader::new(layout, SegmentId(random()?), boot_id()?, boot_clock_ns());
+    let file = make_backed(path, layout).map_err(|e| not_made(path, layout, e))?;
     // Through a mapping: a hugetlbfs takes no writes.
-    let map = Mapping::new(&file, 0, layout.table_bytes(), Access::ReadWrite).doing(what)?;
+    let map = Mapping::new(&file, 0, layout.table_bytes(), Access::ReadWrite)
+        .doing(|| format!("mapping {}", path.display()))?;
     TableMap::new(map, *layout).set_header(&header);
+    Ok(file)
+}
+
+/// A file of its length, with memory behind what the server writes before any chunk is backed.
+fn make_backed(path: &Path, layout: &Layout) -> io::Result<File> {
+    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)?;
+    file.set_len(layout.file_bytes())?;
+    for (offset, len) in layout.always_backed() {
+        rustix::fs::fallocate(&file, FallocateFlags::empty(), offset, len)?;
+    }
     Ok(file)
 }
 
 /// Removes the segment file of a name (`kvmp rm`); refused while a server has it. Gives the bytes it took.
 pub fn remove(dir: &Path, name: &str) -> Result<u64, ServerError> {
+    check_folder(dir)?;
     let path = segment_path(dir, name);
     match lock_existing(&path, name)? {
         None => Err(ServerError::Segment {

@@ -3,6 +3,7 @@
 pub mod backing;
 mod file;
 mod locks;
+mod place;
 mod table;
 
 pub use file::{Claim, Found, SegmentFile, boot_clock_ns, remove};

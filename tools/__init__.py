@@ -1,0 +1,1 @@
+"""Scripts that keep the tree in step with itself."""
