@@ -102,7 +102,7 @@ def test_a_server_that_comes_later_is_used(start_engine: StartEngine, tmp_path: 
     engine = start_engine(**by_name(f"unix:{socket_path}")).wait_up()
     prompt = random_prompt("later", BLOCKS * BLOCK + 5)
     (alone,) = engine.generate([prompt], NEW_TOKENS)
-    warnings = [line for line in engine.log_path.read_text().splitlines() if "kvmp: no server at" in line]
+    warnings = [line for line in engine.log_path.read_text().splitlines() if "kvmp: no kvmp server at" in line]
     assert len(warnings) == 1
     assert str(socket_path) in warnings[0]
     assert f"kvmp serve --size 4GiB --socket {socket_path}" in warnings[0]

@@ -46,6 +46,6 @@ def test_only_a_missing_server_is_called_one(make, monkeypatch, caplog_vllm, err
     until(lambda: caplog_vllm.warnings(), "the warning")
     (warning,) = caplog_vllm.warnings()
     assert str(error) in warning
-    assert "no server" not in warning
-    assert "Start one" not in warning
+    assert "no kvmp server" not in warning
+    assert "this starts one" not in warning
     assert not engine.attached()

@@ -20,7 +20,7 @@ def connect(endpoint: str, socket_dir: str | None) -> Client | Finding:
     try:
         return Client.connect(endpoint, role="tool", socket_dir=socket_dir, timeout_ms=HELLO_MS)
     except NoServer as error:
-        return warn(_WHAT, f"none at {endpoint} ({error}); engines run without a cache", start_command(endpoint))
+        return warn(_WHAT, f"{error}; engines run without a cache", start_command(endpoint))
     except ConnectError as error:
         mend = "stop it, or give server and engine another endpoint (kvmp serve --socket PATH, kvmp.endpoint)"
         return fail(_WHAT, f"what answers at {endpoint} does not serve us: {error}", mend)

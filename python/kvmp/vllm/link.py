@@ -269,14 +269,13 @@ class Link:
         if self._warned:
             return
         self._warned = True
+        endpoint = self._options.endpoint
         if isinstance(error, errors.NoServer):
-            text = (
-                "kvmp: no server at %s (%s); the engine runs without its cache and attaches when one comes. "
-                f"Start one: {start_command(self._options.endpoint)}"
-            )
+            text = "kvmp: %s. The engine runs without its cache and attaches when a server comes; this starts one: %s"
+            self._logger.warning(text, error, start_command(endpoint))
         else:
             text = "kvmp: %s does not serve this engine (%s); it runs without its cache, and tries again by itself"
-        self._logger.warning(text, self._options.endpoint, error)
+            self._logger.warning(text, endpoint, error)
 
     def _open_wanted(self) -> None:
         session, spec = self._session, self._spec

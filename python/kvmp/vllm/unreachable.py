@@ -37,8 +37,8 @@ def demand_server(options: ConnectorConfig) -> None:
         )
     except KvmpError as error:
         raise ConnectError(
-            f"kvmp: no server at {options.endpoint} ({error}), and kvmp.on_unreachable is 'fail'. "
-            f"Start one: {start_command(options.endpoint)}"
+            f"kvmp: {error}. The engine does not start without one, for kvmp.on_unreachable is 'fail'; "
+            f"this starts one: {start_command(options.endpoint)}"
         ) from error
     client.close()
 

@@ -24,6 +24,11 @@ def text() -> str | None:
     # A vLLM that was built without its version file calls itself "dev".
     if said and said != "dev":
         return str(said)
+    return installed()
+
+
+def installed() -> str | None:
+    """The version of the distribution, without importing it; None where there is none."""
     for name in _DISTRIBUTIONS:
         try:
             return importlib.metadata.version(name)
