@@ -52,6 +52,10 @@ def fresh(discover=factory._offers):
 
 def test_kvmps_own_is_there():
     assert "KvmpConnector" in factory.names()
+    found = factory.registered("KvmpConnector")
+    assert (found.module, found.class_name) == ("kvmp.vllm.connector", "KvmpConnector")
+    with pytest.raises(ConfigError, match="did you mean 'KvmpConnector'"):
+        factory.registered("KvmpConector")
 
 
 def test_a_registered_class_is_imported_when_asked_for_and_not_before(folder, monkeypatch):
@@ -233,6 +237,7 @@ def test_create_makes_connectors_of_vllm_and_nothing_else(folder, monkeypatch):
     monkeypatch.setattr(factory, "_REGISTRY", fresh())
     for name in ("Plain", "Old", "Good"):
         factory.register(name, "created", name)
+    assert factory.connector_class("Plain").__name__ == "Plain"
     with pytest.raises(ConfigError, match=r"created\.Plain is no subclass of vLLM's KVConnectorBase_V1"):
         factory.create("Plain")
     with pytest.raises(ConfigError, match=r"created\.Old does not take kv_cache_config"):
