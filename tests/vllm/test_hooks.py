@@ -231,6 +231,7 @@ def test_stored_fields_are_those_of_the_real_configuration(installed_release):
     }
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 def test_stored_names_are_those_that_can_be_imported(installed_release):
     for name, there in installed_release["names"].items():
         if there is not None:
