@@ -124,11 +124,12 @@ def launch(
     removes its segment when it ends. ``env`` is added to this process's environment. Raises ``KvmpError`` with the
     server's last lines when it is not ready within ``timeout_s`` seconds.
     """
-    if socket is not None and answers(f"unix:{os.fspath(socket)}", timeout_s):
-        raise KvmpError(f"a server already answers at {os.fspath(socket)}: stop it, or give launch() another socket")
+    socket = None if socket is None else Path(socket).absolute()
+    if socket is not None and answers(f"unix:{socket}", timeout_s):
+        raise KvmpError(f"a server already answers at {socket}: stop it, or give launch() another socket")
     name = name or f"launch-{os.getpid()}-{secrets.token_hex(4)}"
     folder = Path(tempfile.mkdtemp(prefix="kvmp-"))
-    path = Path(socket) if socket is not None else folder / "kvmp.sock"
+    path = socket or folder / "kvmp.sock"
     options = {"size": size, "name": name, "socket": path, "policy": policy, "chunk": chunk, "arena-dir": arena_dir}
     flags = [*_flags({**options, "tcp": tcp or "off"}), *(["--ephemeral"] if ephemeral else [])]
     server = Server(
