@@ -21,6 +21,7 @@ EVERY_KEY = {
     "kvmp.save_decode": False,
     "kvmp.on_unreachable": "spawn",
     "kvmp.spawn_size": "8GiB",
+    "kvmp.verify": "always",
 }
 EVERY_VARIABLE = {
     "KVMP_ENDPOINT": "unix:/s",
@@ -29,6 +30,7 @@ EVERY_VARIABLE = {
     "KVMP_SAVE_DECODE": "0",
     "KVMP_ON_UNREACHABLE": "spawn",
     "KVMP_SPAWN_SIZE": "8GiB",
+    "KVMP_VERIFY": "always",
 }
 EVERY_LINE = """[kvmp]
 endpoint = "unix:/s"
@@ -37,10 +39,11 @@ timeout_ms = 7
 save_decode = false
 on_unreachable = "spawn"
 spawn_size = "8GiB"
+verify = "always"
 [other]
 x = 1
 """
-ALL_SET = ConnectorConfig("unix:/s", "/d", 7, False, "spawn", "8GiB")
+ALL_SET = ConnectorConfig("unix:/s", "/d", 7, False, "spawn", "8GiB", "always")
 
 
 @pytest.fixture
@@ -61,7 +64,7 @@ def raised(extra_config, environ=None):
 
 def test_defaults():
     assert ConnectorConfig.read(None, {}) == ConnectorConfig.read({}, {}) == ConnectorConfig()
-    assert ConnectorConfig() == ConnectorConfig("tcp://localhost:5555", None, 100, True, "degrade", None)
+    assert ConnectorConfig() == ConnectorConfig("tcp://localhost:5555", None, 100, True, "degrade", None, "off")
     assert ConnectorConfig().timeout_s == 0.1
 
 

@@ -7,6 +7,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import kvmp
 from demo.engine import Engine
 from demo.engine_config import EngineConfig, on_core
@@ -14,6 +16,7 @@ from demo.model import VOCABULARY
 
 BLOCK = 32
 NEW_TOKENS = 12
+PAGE = 4096
 WATCHDOG_S = 60.0
 
 
@@ -61,6 +64,14 @@ def forget(engine: Engine) -> None:
 def loaded_tokens(engine: Engine) -> int:
     """Tokens that the connector brought, by vLLM's own count."""
     return engine.counters().get("external_prefix_cache_hits", 0)
+
+
+def spoil(segment: Path, before: np.ndarray) -> None:
+    """Turn round the values of the arena pages that were written since `before`, and nothing else."""
+    now = np.memmap(segment, np.uint8, mode="r+").reshape(-1, PAGE)
+    written = np.flatnonzero((now != before.reshape(-1, PAGE)).sum(axis=1) > PAGE // 2)
+    assert written.size
+    now[written] = now[written][:, ::-1].reshape(-1, PAGE // 4, 4)[:, :, ::-1].reshape(-1, PAGE)
 
 
 class Reference:

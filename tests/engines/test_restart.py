@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from tests.engines.harness import (
     forget,
     loaded_tokens,
     random_prompt,
+    spoil,
     stats,
 )
 
@@ -25,7 +25,6 @@ LENGTHS = [1, 31, 32, 33, *range(2 * BLOCK - 2, 2 * BLOCK + 3), 3 * BLOCK - 1, 3
 LONG = random_prompt("long", 2_000)
 TALKER = random_prompt("decode", BLOCK + 5)
 TALK_TOKENS = 3 * BLOCK
-PAGE = 4096
 
 
 @dataclass(frozen=True)
@@ -97,16 +96,8 @@ def test_bytes_overwritten_in_the_arena_change_the_tokens(restarted: Restarted, 
     ready = stats(restarted.server)["blocks_ready"]
     restarted.engine.generate([prompt], 1)
     await_blocks(restarted.server, ready + 4)
-    _spoil(restarted.server.segment_path, before)
+    spoil(restarted.server.segment_path, before)
     forget(restarted.engine)
     (output,) = restarted.engine.generate([prompt], NEW_TOKENS)
     assert output.cached_tokens == 4 * BLOCK
     assert output.tokens != reference.tokens(prompt)
-
-
-def _spoil(segment: Path, before: np.ndarray) -> None:
-    """Turn round the values of the arena pages that were written since `before`, and nothing else."""
-    now = np.memmap(segment, np.uint8, mode="r+").reshape(-1, PAGE)
-    written = np.flatnonzero((now != before.reshape(-1, PAGE)).sum(axis=1) > PAGE // 2)
-    assert written.size
-    now[written] = now[written][:, ::-1].reshape(-1, PAGE // 4, 4)[:, :, ::-1].reshape(-1, PAGE)

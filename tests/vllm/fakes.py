@@ -125,7 +125,7 @@ class FakeClient:
         self.server.reserves.append((first_block, len(hashes)))
         return Pending(self.server, lambda: WriteLease(self.server, ns.digest, hashes, parent))
 
-    def commit(self, lease_id, slots, words, timeout_ms=100):
+    def commit(self, lease_id, slots, words, sums=None, timeout_ms=100):
         self._answer("commit")
         for slot in slots.tolist():
             digest, key, parts = self.server.writing[slot]

@@ -86,6 +86,20 @@ def test_failed_load_is_reported_once_and_never_asked_again(make, server):
     assert second.config.kv_transfer_config.kv_load_failure_policy == "recompute"
 
 
+def test_what_a_failed_load_missed_is_stored_once_it_is_computed(make, server):
+    stored(make())
+    second = make()
+    req = fakes.request("again", PROMPT)
+    assert second.ask(req) == (16, True)
+    server.word_of = {slot: word + 1 for slot, word in server.word_of.items()}
+    server.blocks.clear()
+    assert not second.load(req, [11, 12, 13, 14, 15], 16)
+    second.scheduler.update_state_after_alloc(req, fakes.blocks_of([11, 12, 13, 14, 15]), 0)
+    second.prefill(req, [11, 12, 13, 14, 15])
+    second.drain()
+    assert len(server.blocks) == 4
+
+
 def test_worker_that_cannot_join_reports_failure(make, server):
     stored(make())
     second = make(ranks=1)

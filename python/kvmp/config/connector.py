@@ -25,6 +25,7 @@ class ConnectorConfig:
         save_decode: whether blocks filled by generated tokens are stored too.
         on_unreachable: what to do at a start with no server: work without a cache, refuse, or start a server.
         spawn_size: size of the server that ``"spawn"`` starts, as for ``kvmp serve --size``; needed by it.
+        verify: whether every part is stored with a sum and checked after each load.
 
     Raises:
         ConfigError: a value that is not allowed, or ``"spawn"`` with no size.
@@ -48,6 +49,11 @@ class ConnectorConfig:
     )
     spawn_size: str | None = setting(
         None, kinds.SIZE, "size of the server that `spawn` starts, such as `64GiB`; needed by it"
+    )
+    verify: Literal["off", "always"] = setting(
+        "off",
+        kinds.choice("off", "always"),
+        "`always`: store each block with a checksum and check it after every load; shared only with engines that do so",
     )
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ from kvmp.vllm.joined import LeftError, Membership, NotJoinedError, RefusedError
 from kvmp.vllm.metadata import LoadJob, NamespaceRef, Refusal, SessionRef, StoreJob
 from kvmp.vllm.owed import Owed
 from kvmp.vllm.stats import KvmpStats
+from kvmp.vllm.verify import Verifier
 
 # Tests only: sleeps this long after each block, so that a test can act while a copy is part done. Milliseconds.
 SLOW_COPY_VARIABLE = "KVMP_TEST_SLOW_COPY_MS"
@@ -66,15 +67,19 @@ class SuspendedError(Exception):
 class Copier:
     """Runs copies beside the engine's thread, which only queues jobs and collects what has ended."""
 
-    def __init__(self, paged: Any, membership: Membership, logger: logging.Logger, stats: KvmpStats):
+    def __init__(
+        self, paged: Any, membership: Membership, logger: logging.Logger, stats: KvmpStats, *, verify: bool = False
+    ):
         """
         Args:
             paged: the `kvmp.paged.PagedKV` over this worker's cache.
+            verify: whether parts are committed with their sums, and checked after a load.
         """
         self._paged = paged
         self._membership = membership
         self._logger = logger
         self._stats = stats
+        self._verifier = Verifier(verify, logger, stats)
         self._block_bytes = paged.block_bytes
         self._slow_s = float(os.environ.get(SLOW_COPY_VARIABLE, 0)) / 1000
         self._condition = threading.Condition()
@@ -256,7 +261,7 @@ class Copier:
                 return False
             with self._on_tensors():
                 ok = self._paged.load(client, namespace, job.block_ids[at], job.slots[at], job.words[at])
-            if not np.all(ok):
+            if not np.all(ok) or not self._verifier.intact(client, namespace, job.slots[at], job.words[at]):
                 return False
         return job.req_id not in self._cancelled
 
@@ -281,7 +286,8 @@ class Copier:
             client, namespace = self._membership.for_store(job.session, job.namespace)
             self._owed.pay(client, job.session)
             if fits and not self._is_void(job) and self._copied(client, namespace, job) and not self._is_void(job):
-                return client.commit(job.lease_id, job.slots, job.words, timeout_ms=_COMMIT_MS)
+                sums = self._verifier.sums(client, namespace, job.slots)
+                return client.commit(job.lease_id, job.slots, job.words, sums, timeout_ms=_COMMIT_MS)
             client.abort(job.lease_id, job.slots, job.words, timeout_ms=_COMMIT_MS)
             return 0
         except LeftError:

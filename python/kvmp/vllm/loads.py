@@ -120,6 +120,8 @@ class Loads:
         load.state.loading = False
         if bad:
             load.state.failed = True
+            # What was hit is not all there: computed anew, it is put up for storing from the first block on.
+            load.state.stored_blocks, load.state.store_closed = 0, False
             self._stats.add("failed_load_blocks", load.tokens // self._block_tokens)
         else:
             self._stats.add("loaded_tokens", load.tokens)

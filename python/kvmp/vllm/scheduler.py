@@ -69,7 +69,7 @@ class SchedulerSide:
             return
         self._link = Link(
             self._options,
-            lambda: build_spec(self._vllm_config, self._block_tokens, ordered),
+            lambda: build_spec(self._vllm_config, self._block_tokens, ordered, verify=self._options.verify == "always"),
             self._logger,
             connect=connect,
             switch_off=self.switch_off,

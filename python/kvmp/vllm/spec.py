@@ -151,12 +151,15 @@ def ordered_parts(parts: Mapping[tuple[int, int], PartMeta], vllm_config: Any) -
     return tuple(by_index[index] for index in range(expected))
 
 
-def build_spec(vllm_config: Any, block_tokens: int, parts: tuple[PartMeta, ...]) -> NamespaceSpec:
+def build_spec(
+    vllm_config: Any, block_tokens: int, parts: tuple[PartMeta, ...], *, verify: bool = False
+) -> NamespaceSpec:
     """The namespace spec of this engine's plain requests.
 
     Args:
         block_tokens: tokens of one block, which is also what one block hash covers.
         parts: the workers' parts, by index.
+        verify: whether its parts are stored with sums; those of other engines, without, could not be checked.
 
     Raises:
         SpecRefusedError: the engine's KV cannot be shared.
@@ -164,6 +167,8 @@ def build_spec(vllm_config: Any, block_tokens: int, parts: tuple[PartMeta, ...])
     """
     facts = engine_facts(vllm_config, block_tokens)
     facts["workers"] = [json.loads(part.facts_json) for part in parts]
+    if verify:
+        facts["sums"] = "xxh3"
     return NamespaceSpec(
         model=vllm_config.model_config.model,
         facts=facts,

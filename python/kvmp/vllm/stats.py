@@ -15,6 +15,7 @@ COUNTERS = (
     "loaded_tokens",
     "loaded_blocks",
     "failed_load_blocks",  # recomputed by the engine
+    "damaged_blocks",  # found to be other bytes than were stored, with kvmp.verify
     "stored_blocks",  # committed by every rank
     "failed_store_blocks",  # granted, but aborted or lost on the way
     "refused_store_blocks",  # the server had no room, or no parent, or did not admit them

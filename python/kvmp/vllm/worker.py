@@ -137,7 +137,8 @@ class WorkerSide:
     def _running_copier(self) -> Copier:
         if self._copier is None:
             membership = Membership(self._part, self._layout_json, self._options.socket_dir, connect=self._connect)
-            self._copier = Copier(self._paged, membership, self._logger, self._stats)
+            verify = self._options.verify == "always"
+            self._copier = Copier(self._paged, membership, self._logger, self._stats, verify=verify)
             if self._asleep:
                 self._copier.suspend()
         return self._copier

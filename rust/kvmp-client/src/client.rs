@@ -20,7 +20,7 @@ use crate::parts::{PartList, close_parts};
 use crate::session::Session;
 use crate::slots::{PartsAt, part_offsets};
 use crate::stats;
-use crate::sums::OpenedNamespaces;
+use crate::sums::{self, OpenedNamespaces, PartCheck};
 use crate::{Bound, ClientError, Endpoint, Namespace, PendingLookup, PendingReserve, ReserveList};
 
 /// A connected client. Shared between threads freely: no call holds a lock while it sleeps.
@@ -244,6 +244,29 @@ impl Client {
     pub fn part_sums(&self, slots: &[u32], xxh3: &[u64]) -> Result<Vec<PartSum>, ClientError> {
         self.session.check_process()?;
         self.opened.part_sums(&self.session.table, self.own_part()?, slots, xxh3)
+    }
+
+    /// xxh3-64 of each part as it lies in the arena: of a writer's part, once its copy has ended.
+    #[must_use]
+    pub fn xxh3_of(&self, at: &PartsAt) -> Vec<u64> {
+        sums::xxh3_of(at)
+    }
+
+    /// Compares this client's part of each slot with the sum that its commit brought, and the slot with its word.
+    ///
+    /// # Errors
+    /// No part, or not a word a slot.
+    pub fn check_sums(&self, at: &PartsAt, slots: &[u32], words: &[u64]) -> Result<Vec<PartCheck>, ClientError> {
+        if words.len() != slots.len() || slots.len() != at.offsets.len() {
+            return Err(input("words", format!("{} words for {} slots", words.len(), slots.len())));
+        }
+        Ok(sums::check(&self.session.table, at, self.own_part()?, slots, words))
+    }
+
+    /// Says that the bytes of these blocks are wrong: the server evicts them; how many it still had.
+    pub fn distrust(&self, slots: &[u32], words: &[u64], bound: &Bound<'_>) -> Result<u32, ClientError> {
+        let list = PartList { lease: 0, part: self.own_part()?, slots, words, sums: None };
+        close_parts(&self.session, self.keys_max, Op::Distrust, &list, bound)
     }
 
     /// Gives up this client's part of the slots; how many the server took.

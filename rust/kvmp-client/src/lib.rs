@@ -44,3 +44,4 @@ pub use lookup::PendingLookup;
 pub use namespace::Namespace;
 pub use reserve::{PendingReserve, ReserveList};
 pub use slots::PartsAt;
+pub use sums::PartCheck;

@@ -207,5 +207,6 @@ pub(crate) fn name(op: Op) -> &'static str {
         Op::Stats => "stats",
         Op::Clear => "clear",
         Op::Fetch => "fetch",
+        Op::Distrust => "distrust",
     }
 }

@@ -56,6 +56,37 @@ impl Client {
         })
     }
 
+    /// xxh3-64 of this client's part of each slot as it lies in the arena, uint64 `(n,)`: for `commit`, once the store
+    /// has ended. slots uint32 `(n,)`.
+    fn part_sums<'py>(
+        &self,
+        py: Python<'py>,
+        namespace: &Namespace,
+        #[pyo3(from_py_with = integer::<name::Group, _>)] group: u16,
+        slots: &Bound<'_, PyAny>,
+    ) -> PyResult<Bound<'py, PyArray1<u64>>> {
+        let at = self.inner.parts_at(&namespace.inner, group, &list::<u32>(slots, "slots")?).or_raise(py)?;
+        Ok(array(py, &copying(py, &at, || Ok(self.inner.xxh3_of(&at)))?))
+    }
+
+    /// Compares this client's part of each slot with the sum of its commit: uint8 `(n,)`, 0 intact, 1 the slot is not
+    /// the one leased any more, 2 its bytes are not those committed (or had no sum).
+    ///
+    /// slots uint32 `(n,)`, words uint64 `(n,)`.
+    fn check_sums<'py>(
+        &self,
+        py: Python<'py>,
+        namespace: &Namespace,
+        #[pyo3(from_py_with = integer::<name::Group, _>)] group: u16,
+        slots: &Bound<'_, PyAny>,
+        words: &Bound<'_, PyAny>,
+    ) -> PyResult<Bound<'py, PyArray1<u8>>> {
+        let (slots, words) = (list::<u32>(slots, "slots")?, list::<u64>(words, "words")?);
+        let at = self.inner.parts_at(&namespace.inner, group, &slots).or_raise(py)?;
+        let found = copying(py, &at, || self.inner.check_sums(&at, &slots, &words))?;
+        Ok(array(py, &found.into_iter().map(|check| check as u8).collect::<Vec<_>>()))
+    }
+
     /// Copies this client's part of slots into blocks of paged memory, then checks the slot words: bool `(n,)`, False
     /// where the slot was not the one leased during the whole copy and the block holds garbage.
     ///

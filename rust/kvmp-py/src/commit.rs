@@ -12,7 +12,7 @@ use crate::wait::bounded;
 
 impl Client {
     /// Sums `(n,)` of uint64 as the wire has them, with the length of this client's part.
-    fn part_sums(&self, py: Python<'_>, sums: &Bound<'_, PyAny>, slots: &[u32]) -> PyResult<Vec<PartSum>> {
+    fn sums_of_parts(&self, py: Python<'_>, sums: &Bound<'_, PyAny>, slots: &[u32]) -> PyResult<Vec<PartSum>> {
         self.inner.part_sums(slots, &list::<u64>(sums, "sums")?).or_raise(py)
     }
 }
@@ -33,7 +33,7 @@ impl Client {
         #[pyo3(from_py_with = float::<name::TimeoutMs>)] timeout_ms: f64,
     ) -> PyResult<u32> {
         let (slots, words) = (list::<u32>(slots, "slots")?, list::<u64>(words, "words")?);
-        let sums = sums.map(|sums| self.part_sums(py, sums, &slots)).transpose()?;
+        let sums = sums.map(|sums| self.sums_of_parts(py, sums, &slots)).transpose()?;
         bounded(py, timeout_ms, |bound| self.inner.commit(lease_id, &slots, &words, sums.as_deref(), bound))
     }
 
@@ -49,6 +49,19 @@ impl Client {
     ) -> PyResult<u32> {
         let (slots, words) = (list::<u32>(slots, "slots")?, list::<u64>(words, "words")?);
         bounded(py, timeout_ms, |bound| self.inner.abort(lease_id, &slots, &words, bound))
+    }
+
+    /// Says that the bytes of these blocks are wrong, so that the server evicts them; returns how many it still had.
+    #[pyo3(signature = (slots, words, timeout_ms=100.0))]
+    fn distrust(
+        &self,
+        py: Python<'_>,
+        slots: &Bound<'_, PyAny>,
+        words: &Bound<'_, PyAny>,
+        #[pyo3(from_py_with = float::<name::TimeoutMs>)] timeout_ms: f64,
+    ) -> PyResult<u32> {
+        let (slots, words) = (list::<u32>(slots, "slots")?, list::<u64>(words, "words")?);
+        bounded(py, timeout_ms, |bound| self.inner.distrust(&slots, &words, bound))
     }
 
     /// Whether each slot still has its leased word, bool `(n,)`; no message. After the copy has ended.

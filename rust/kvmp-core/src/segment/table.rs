@@ -6,7 +6,7 @@ use super::header::SegmentHeader;
 use super::layout::{Layout, NAMESPACE_FRONT, NAMESPACES, NAMESPACES_USED, PARKED_OFFSET, holder_offset};
 use super::mapping::Mapping;
 use super::record::RecordCells;
-use crate::ids::{ChunkId, NamespaceId, SlotId};
+use crate::ids::{ChunkId, NamespaceId, PartId, SlotId};
 use crate::slot::PartSum;
 use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
@@ -127,6 +127,21 @@ impl TableMap {
             let n = sums.len().min(pages as usize);
             self.map.write(offset, sums[..n].as_bytes());
         }
+    }
+
+    /// The sum of one part of a slot, as its commit brought it; `None` where there is no such slot or part now. It says
+    /// something of a block only if the slot's word is the block's before and after.
+    #[must_use]
+    pub fn part_sum(&self, slot: SlotId, part: PartId) -> Option<PartSum> {
+        let (ChunkWord::Assigned(pages) | ChunkWord::Draining(pages)) =
+            self.chunk(self.layout.geometry.chunk_of(slot)?)?
+        else {
+            return None;
+        };
+        let first = self.layout.part_sums(slot, pages).filter(|_| u32::from(part.0) < pages)?;
+        let mut sum = PartSum::default();
+        self.map.read(first + u64::from(part.0) * size_of::<PartSum>() as u64, sum.as_mut_bytes());
+        Some(sum)
     }
 
     /// Writes who holds a holder entry (server only).

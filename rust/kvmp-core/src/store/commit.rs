@@ -9,7 +9,7 @@ use crate::slot::{PartSum, SlotWord};
 
 use super::BlockStore;
 use super::answers::{AbortReply, CommitReply};
-use super::blocks::BlockState;
+use super::blocks::{Block, BlockState};
 use super::leases::WriteLease;
 use super::table::SlotTable;
 
@@ -60,6 +60,24 @@ impl<T: SlotTable> BlockStore<T> {
         self.drop_if_done(lease);
         self.counters.refused_parts += u64::from(reply.refused);
         reply
+    }
+
+    /// A reader found this block's bytes wrong: it is evicted with all that hangs on it, pinned or not, and what is being
+    /// written behind it never becomes visible. Returns whether the block was still there.
+    pub fn distrust(&mut self, slot: SlotId, word: SlotWord) -> bool {
+        let same = |block: &Block| block.state == BlockState::Ready && block.word == word;
+        let found = self.blocks.hot.get(slot).is_some_and(same);
+        if found {
+            self.counters.distrusted_blocks += 1;
+            self.take_down(slot);
+        }
+        found
+    }
+
+    /// Namespace of the block that a slot has, if it has one.
+    #[must_use]
+    pub fn namespace_of(&self, slot: SlotId) -> Option<NamespaceId> {
+        self.blocks.hot.get(slot).filter(|block| block.state != BlockState::Free).map(|block| block.namespace)
     }
 
     /// Namespace of a write lease, while the lease is there.
@@ -125,7 +143,7 @@ impl<T: SlotTable> BlockStore<T> {
         self.counters.aborted_parts += 1;
         let Some(slot) = self.writes.get(&lease).map(|entry| entry.slots[place]) else { return };
         if self.blocks.hot[slot].state == BlockState::Writing {
-            self.quarantine(slot);
+            self.take_down(slot);
         }
         if self.writes.get(&lease).is_some_and(|entry| !entry.is_open(place)) {
             self.all_closed(lease, place);
@@ -154,9 +172,9 @@ impl<T: SlotTable> BlockStore<T> {
         self.forget(slot);
     }
 
-    /// Takes a Writing block and all that hangs on it out of index and chain, deepest first: Ready
-    /// blocks are evicted, Writing ones Quarantined.
-    fn quarantine(&mut self, root: SlotId) {
+    /// Takes a block and all that hangs on it out of index and chain, deepest first: Ready blocks are evicted, Writing
+    /// ones Quarantined.
+    fn take_down(&mut self, root: SlotId) {
         let mut at = root;
         loop {
             let leaf = self.blocks.first_leaf(at);

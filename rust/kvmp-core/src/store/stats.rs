@@ -23,6 +23,7 @@ pub(super) struct Counters {
     pub cleared: u64,
     pub chunk_moves: u64,
     pub recovered_blocks: u64,
+    pub distrusted_blocks: u64,
     pub pins: u64,
 }
 
@@ -124,6 +125,8 @@ pub struct StoreStats {
     pub chunk_moves: u64,
     /// Blocks kept by a recovery.
     pub recovered_blocks: u64,
+    /// Blocks evicted because a reader found their bytes wrong; what hung on them counts as evictions.
+    pub distrusted_blocks: u64,
 }
 
 impl<T: SlotTable> BlockStore<T> {
@@ -170,6 +173,7 @@ impl<T: SlotTable> BlockStore<T> {
             write_leases: self.writes.len() as u64,
             chunk_moves: c.chunk_moves,
             recovered_blocks: c.recovered_blocks,
+            distrusted_blocks: c.distrusted_blocks,
         }
     }
 

@@ -31,14 +31,16 @@ pub enum Op {
     Clear = 9,
     /// Reserved: promote from a lower tier.
     Fetch = 10,
+    /// A worker found the bytes of its part of some slots wrong: their blocks are evicted.
+    Distrust = 11,
 }
 
 impl Op {
     /// The op of a number.
     #[must_use]
     pub fn from_u8(raw: u8) -> Option<Self> {
-        use Op::{Abort, Cancel, Clear, Commit, Fetch, Lookup, Ping, Release, Reserve, Stats};
-        [Ping, Lookup, Reserve, Commit, Abort, Cancel, Release, Stats, Clear, Fetch]
+        use Op::{Abort, Cancel, Clear, Commit, Distrust, Fetch, Lookup, Ping, Release, Reserve, Stats};
+        [Ping, Lookup, Reserve, Commit, Abort, Cancel, Release, Stats, Clear, Fetch, Distrust]
             .into_iter()
             .find(|&op| op as u8 == raw)
     }
@@ -229,7 +231,7 @@ pub struct GrantOut {
     pub word: u64,
 }
 
-/// One a slot in a commit's or an abort's input.
+/// One a slot in the input of a commit, an abort or a distrust.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable)]
 #[repr(C)]
 pub struct PartIn {

@@ -99,6 +99,30 @@ fn duplicates_and_strangers_are_refused_and_disturb_nothing() {
 }
 
 #[test]
+fn a_distrusted_block_goes_with_all_that_hangs_on_it_whoever_pins_it() {
+    let mut s = store(1, 1, 1);
+    assert_eq!(s.fill(None, 0, &keys(0..5), at(0)), "GGGGG");
+    let hit = s.lookup(&keys(0..5), at(1));
+    let (slot, word) = hit.groups[0].slots[2];
+    let (reply, answers) = s.reserve_as(ENGINE, Some(4), 5, &keys(5..7), at(1));
+    assert_eq!(letters(&answers), "GG");
+    assert!(!s.distrust(slot, SlotWord(word.0 + (1 << 16))));
+    assert!(s.distrust(slot, word));
+    assert!(!s.distrust(slot, word));
+    s.validate().unwrap();
+    assert_eq!(s.hit(&keys(0..5), at(2)), 32);
+    let stats = s.stats();
+    assert_eq!((stats.distrusted_blocks, stats.blocks_ready, stats.blocks_quarantined), (1, 2, 2));
+    // What was being written behind it never becomes visible, and its slots come back.
+    assert_eq!(s.commit_part(reply.lease.unwrap(), 0, &granted(&answers)).ready, 0);
+    assert_eq!((s.stats().blocks_quarantined, s.stats().write_leases), (0, 0));
+    s.release(ENGINE, hit.lease.unwrap());
+    s.validate().unwrap();
+    assert_eq!(s.fill(Some(1), 2, &keys(2..7), at(3)), "GGGGG");
+    s.validate().unwrap();
+}
+
+#[test]
 fn answers_have_stable_codes() {
     use ReserveAnswer::*;
     let granted = Granted(SlotId(0), SlotWord(0));

@@ -1,6 +1,6 @@
 //! One slice of one session's work: a request begun, gone on with, or finished.
 
-use kvmp_core::ids::{BlockKey, EngineToken, GroupId, LeaseId, NamespaceId, SlotId};
+use kvmp_core::ids::{BlockKey, EngineToken, GroupId, LeaseId, NamespaceId, PartId, SlotId};
 use kvmp_core::ring::Ring;
 use kvmp_core::slot::{PartSum, SlotWord};
 use kvmp_core::store::{BlockStore, ClearCursor, LookupCursor, LookupReply, ReserveAnswer, ReserveCursor};
@@ -101,7 +101,7 @@ impl Plane {
             Op::Ping => Ok(code(submission, Code::Ok)),
             Op::Lookup => self.begin_lookup(session, submission),
             Op::Reserve => self.begin_reserve(session, submission),
-            Op::Commit | Op::Abort => self.begin_parts(session, submission),
+            Op::Commit | Op::Abort | Op::Distrust => self.begin_parts(session, submission),
             Op::Cancel => Ok(self.ended(submission, |store, lease| store.cancel(session.engine, lease))),
             Op::Release => Ok(self.ended(submission, |store, lease| store.release(session.engine, lease))),
             Op::Stats => Ok(self.stats_reply(session, submission)),
@@ -229,20 +229,32 @@ impl Plane {
         let Some(part) = session.part else { return code(&submission, Code::Forbidden) };
         let n = SLICE.min(submission.count - done);
         let parts: Vec<PartIn> = read_in(&session.ring, submission.in_offset + done * size_of::<PartIn>() as u32, n);
-        let lease = LeaseId(submission.lease);
-        let now_taken = if submission.op == Op::Commit as u8 {
-            let slots: Vec<(SlotId, SlotWord, PartSum)> =
-                parts.iter().map(|p| (SlotId(p.slot), SlotWord(p.word), p.sum)).collect();
-            self.store.commit(session.engine, lease, part, &slots).committed
-        } else {
-            let slots: Vec<(SlotId, SlotWord)> = parts.iter().map(|p| (SlotId(p.slot), SlotWord(p.word))).collect();
-            self.store.abort(session.engine, lease, part, &slots).aborted
-        };
-        let (done, taken) = (done + n, taken + now_taken);
+        let (done, taken) = (done + n, taken + self.close_parts(session, &submission, part, &parts));
         if done < submission.count {
             return Step::Go(Running::Parts { submission, done, taken });
         }
         Step::Done(Completion { count: taken, ..ok(&submission) })
+    }
+
+    /// How many of these slots were taken.
+    fn close_parts(&mut self, session: &Session, submission: &Submission, part: PartId, parts: &[PartIn]) -> u32 {
+        let (engine, lease) = (session.engine, LeaseId(submission.lease));
+        let slots = parts.iter().map(|p| (SlotId(p.slot), SlotWord(p.word)));
+        match Op::from_u8(submission.op) {
+            Some(Op::Commit) => {
+                let slots: Vec<(SlotId, SlotWord, PartSum)> =
+                    slots.zip(parts).map(|((slot, word), p)| (slot, word, p.sum)).collect();
+                self.store.commit(engine, lease, part, &slots).committed
+            }
+            Some(Op::Distrust) => slots.map(|(slot, word)| u32::from(self.distrust(session, slot, word))).sum(),
+            _ => self.store.abort(engine, lease, part, &slots.collect::<Vec<_>>()).aborted,
+        }
+    }
+
+    /// A worker may distrust what it may read: blocks of the namespaces that it joined.
+    fn distrust(&mut self, session: &Session, slot: SlotId, word: SlotWord) -> bool {
+        let joined = self.store.namespace_of(slot).is_some_and(|namespace| session.namespaces.contains(&namespace.0));
+        joined && self.store.distrust(slot, word)
     }
 
     fn clear_slice(&mut self, submission: Submission, mut cursor: ClearCursor) -> Step {
@@ -267,7 +279,7 @@ fn allowed(session: &Session, op: Op) -> bool {
         Op::Ping | Op::Stats => true,
         Op::Clear => session.role != Role::Worker,
         Op::Lookup | Op::Reserve | Op::Cancel | Op::Release | Op::Fetch => session.role == Role::Scheduler,
-        Op::Commit | Op::Abort => session.role == Role::Worker,
+        Op::Commit | Op::Abort | Op::Distrust => session.role == Role::Worker,
     }
 }
 
