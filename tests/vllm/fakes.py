@@ -32,6 +32,7 @@ class FakeServer:
         self.next_slot = 0
         self.silent = False  # answers nothing
         self.gone = False  # refuses and hangs up
+        self.reused: list[FakeClient | None] = []  # whose mapping each client took over
         self.late = set()  # verbs that miss their bound
         self.busy = set()  # verbs for which there is no room
         self.closed_parts = set()  # (engine token, part) that nobody may join for any more
@@ -45,11 +46,12 @@ class FakeServer:
         self.cancelled = 0
         self.reserves: list[tuple[int, int]] = []
 
-    def connect(self, endpoint, *, role, engine_token=None, part=None, socket_dir=None, timeout_ms=1000):
+    def connect(self, endpoint, *, role, engine_token=None, part=None, socket_dir=None, timeout_ms=1000, reuse=None):
         if self.gone:
             raise NoServer(f"nobody listens at {endpoint}")
         if role == "worker" and (engine_token, part) in self.closed_parts:
             raise ConnectError(f"{endpoint} refused: engine {engine_token:016x} cannot be joined: its part was closed")
+        self.reused.append(reuse)
         return FakeClient(self, engine_token if role == "worker" else next(self.tokens), part)
 
     def grant(self, digest: str, key: bytes) -> tuple[int, int]:

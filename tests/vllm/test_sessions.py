@@ -4,6 +4,9 @@ import fakes
 import pytest
 from engine import PROMPT, results_of, stored, until
 
+from kvmp.vllm.joined import Membership
+from kvmp.vllm.metadata import SessionRef
+
 TABLE = [1, 2, 3, 4, 5]
 
 
@@ -188,3 +191,27 @@ def test_a_refusal_holds_for_its_session_and_namespace_only(make, server, same_s
     membership_of(engine)._failed = None  # as if its second had passed
     until(joined, "stored again")
     assert len(caplog_vllm.warnings()) == 1
+
+
+def test_a_mapping_is_kept_for_the_servers_next_life_and_not_for_ever(server):
+    now = [0.0]
+    membership = Membership(0, "{}", None, connect=server.connect, clock=lambda: now[0])
+
+    def join(token):
+        membership.join(SessionRef("unix:/fake", token, server.epoch, server.segment), None)
+        return membership.client
+
+    first = join(7)
+    membership.close()
+    now[0] = 59.0
+    membership.watch()
+    assert membership.watchful
+    second = join(8)
+    membership.close()
+    now[0] += 61.0
+    membership.watch()
+    assert not membership.watchful
+    join(9)
+    assert server.reused == [None, first, None]
+    assert second is not first
+    membership.close()

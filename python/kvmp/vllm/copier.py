@@ -189,7 +189,7 @@ class Copier:
 
     def _await_work(self) -> None:
         """Returns when there is some, or after a while in which a server may have gone."""
-        wait_s = _WATCH_S if self._membership.joined or self._owed else None
+        wait_s = _WATCH_S if self._membership.watchful or self._owed else None
         with self._condition:
             self._condition.wait_for(lambda: self._stopping or self._news or self._loads or self._stores, wait_s)
 

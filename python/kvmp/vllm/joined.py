@@ -22,6 +22,8 @@ _PING_MS = 100
 _AGAIN_S = 1.0
 # Sessions left that are remembered; no job waits in the queue for so many changes of the session.
 _LEFT = 1024
+# The mapping of a segment that was left is kept so long for the server's next life; then its memory may go. Seconds.
+_KEEP_S = 60.0
 # What a server says of an engine, or a part of it, that it has closed for good.
 _CLOSED = "cannot be joined"
 
@@ -62,6 +64,8 @@ class Membership:
         self._failed: tuple[SessionRef, float, NotJoinedError] | None = None
         self._left: deque[SessionRef] = deque(maxlen=_LEFT)
         self._closed: set[int] = set()
+        # The client left last, closed: the next one takes over its mapping if the segment is the same.
+        self._kept: tuple[Any, float] | None = None
 
     # The session in use.
 
@@ -151,7 +155,7 @@ class Membership:
                 client.close()
             raise self._remember(session, NotJoinedError(f"the server of {session.endpoint} was restarted meanwhile"))
         self.close()
-        self._session, self._client = session, client
+        self._session, self._client, self._kept = session, client, None
         return client
 
     def _connected(self, session: SessionRef) -> Any:
@@ -163,6 +167,7 @@ class Membership:
                 part=self._part,
                 socket_dir=self._socket_dir,
                 timeout_ms=_JOIN_MS,
+                reuse=self._kept[0] if self._kept else None,
             )
         except BaseException as error:
             if isinstance(error, errors.ConnectError) and _CLOSED in str(error):
@@ -193,8 +198,15 @@ class Membership:
 
     # A session that is in trouble.
 
+    @property
+    def watchful(self) -> bool:
+        """Whether there is anything that `watch` looks after."""
+        return self._client is not None or self._kept is not None
+
     def watch(self) -> None:
         """Leaves a server that is gone: until then its successor must take it that this worker still copies."""
+        if self._kept is not None and self._clock() >= self._kept[1]:
+            self._kept = None
         if self._client is None or not self.lost:
             return
         with contextlib.suppress(NotJoinedError):
@@ -230,3 +242,4 @@ class Membership:
         if client is not None:
             with contextlib.suppress(BaseException):  # It is left behind in any case.
                 client.close()
+            self._kept = (client, self._clock() + _KEEP_S)
