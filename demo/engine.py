@@ -136,6 +136,7 @@ class Engine:
             for process in left:
                 process.signal(signal.SIGKILL)
             self.process.wait()
+        self.process.wait()  # also one that ended by itself
         self._await_resource_tracker()
         self._reader.join()
         self._close_pipes()
