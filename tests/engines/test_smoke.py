@@ -11,7 +11,17 @@ import pytest
 import kvmp
 from demo.engine import Engine
 from tests.engines.conftest import StartEngine
-from tests.engines.harness import BLOCK, NEW_TOKENS, await_blocks, forget, loaded_tokens, random_prompt, stats, until
+from tests.engines.harness import (
+    BLOCK,
+    NEW_TOKENS,
+    await_backing,
+    await_blocks,
+    forget,
+    loaded_tokens,
+    random_prompt,
+    stats,
+    until,
+)
 
 pytestmark = pytest.mark.smoke
 
@@ -108,6 +118,7 @@ def test_a_server_that_comes_later_is_used(start_engine: StartEngine, tmp_path: 
     assert f"kvmp serve --size 4GiB --socket {socket_path}" in warnings[0]
     with kvmp.launch("256MiB", socket=socket_path) as server:
         until(lambda: stats(server)["engines"], "the engine attached")
+        await_backing(server)
         forget(engine)
         (computed,) = _once_attached(server, lambda: engine.generate([prompt], NEW_TOKENS))
         forget(engine)

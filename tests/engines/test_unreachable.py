@@ -43,6 +43,7 @@ def test_an_engine_starts_its_own_server_and_another_when_that_dies(start_engine
     engine = start_engine(endpoint=own.endpoint, connector_config=options).wait_up()
     try:
         first = own.pid()
+        until(lambda: not own.stats()["warming"], "its arena backed")
         (computed,) = engine.generate([PROMPT], NEW_TOKENS)
         until(lambda: own.stats()["blocks_ready"] >= BLOCKS, "stored")
         os.kill(first, signal.SIGKILL)
