@@ -22,7 +22,7 @@ from kvmp.commands.default_size import default_size
 from kvmp.config import ConfigError, ConnectorConfig, KVTransferConfig, OffloadingConfig, translate
 from kvmp.config.size import parse_size
 from kvmp.endpoint import start_command
-from kvmp.errors import KvmpError, NoServer
+from kvmp.errors import ConnectError, KvmpError, NoServer
 from kvmp.vllm import version
 
 _TRANSFER_FLAG = "--kv-transfer-config"
@@ -95,9 +95,13 @@ def _check_size(size: str | None) -> None:
     if size is None:
         return
     try:
-        parse_size(size)
+        if parse_size(size) > 0:
+            return
     except ValueError as error:
         raise _UsageError(f"--kvmp-size: {error}") from None
+    raise _UsageError(
+        f"--kvmp-size: {size!r} is no size of a server; write a number above zero and a unit, as in 64GiB"
+    )
 
 
 # The connector's settings.
@@ -206,6 +210,11 @@ def _found(config: ConnectorConfig) -> str | None:
         client = Client.connect(config.endpoint, role="tool", socket_dir=config.socket_dir, timeout_ms=_HELLO_MS)
     except NoServer:
         return None
+    except ConnectError as error:
+        raise KvmpError(
+            f"what answers at {config.endpoint} is no server for us: {error}. Stop it, or have a server of your own at "
+            f"another place: --kvmp-endpoint unix:/PATH/NAME.sock --kvmp-size SIZE"
+        ) from error
     with closing(client):
         return client.endpoint
 
