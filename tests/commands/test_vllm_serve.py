@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,18 @@ def test_a_running_server_is_found(capsys: pytest.CaptureFixture[str]) -> None:
     assert transfer(line)["kv_connector_extra_config"] == {"kvmp.endpoint": server.endpoint}
 
 
+def test_another_program_at_the_endpoint_is_told_from_nobody(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+        other.bind(f"{tmp_path}/other.sock")
+        other.listen()
+        assert vllm_serve.main(["serve", "m", "--kvmp-endpoint", f"unix:{tmp_path}/other.sock", "--dry-run"]) == 1
+    said = capsys.readouterr().err
+    assert "is no server for us" in said
+    assert "--kvmp-endpoint unix:/PATH/NAME.sock" in said
+
+
 def test_settings_of_every_source_reach_the_engine(
     capsys: pytest.CaptureFixture[str], nobody: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,8 +120,11 @@ def test_what_cannot_be_done_is_said(
     assert all(text in said for text in texts), said
 
 
-def test_a_size_that_is_none_is_refused_before_anything_starts(capsys: pytest.CaptureFixture[str], nobody: str) -> None:
-    assert vllm_serve.main(["serve", "m", "--kvmp-endpoint", nobody, "--kvmp-size", "much", "--dry-run"]) == 2
+@pytest.mark.parametrize("size", ["much", "0", "0GiB", "-1GiB", ""])
+def test_a_size_that_is_none_is_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], nobody: str, size: str
+) -> None:
+    assert vllm_serve.main(["serve", "m", "--kvmp-endpoint", nobody, f"--kvmp-size={size}", "--dry-run"]) == 2
     assert "--kvmp-size" in capsys.readouterr().err
 
 

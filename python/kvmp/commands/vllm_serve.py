@@ -99,9 +99,7 @@ def _check_size(size: str | None) -> None:
             return
     except ValueError as error:
         raise _UsageError(f"--kvmp-size: {error}") from None
-    raise _UsageError(
-        f"--kvmp-size: {size!r} is no size of a server; write a number above zero and a unit, as in 64GiB"
-    )
+    raise _UsageError(f"--kvmp-size: {size!r} is no size of a server: give a number above zero and a unit, as in 64GiB")
 
 
 # The connector's settings.
