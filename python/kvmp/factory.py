@@ -19,6 +19,7 @@ from importlib import metadata
 from typing import Any
 
 from kvmp.config.spelling import did_you_mean, nearest
+from kvmp.config.translation import CONNECTOR, MODULE_PATH
 from kvmp.errors import ConfigError
 
 GROUP = "kvmp.connectors"
@@ -59,7 +60,7 @@ class Registered:
         return loaded
 
 
-_OWN = Registered("KvmpConnector", "kvmp.vllm.connector", "KvmpConnector", "kvmp")
+_OWN = Registered(CONNECTOR, MODULE_PATH, CONNECTOR, "kvmp")
 
 
 class Registry:

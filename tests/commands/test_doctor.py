@@ -10,6 +10,8 @@ import pytest
 import kvmp
 from kvmp.doctor import machine, match, software
 from kvmp.doctor.finding import Finding, Level
+from kvmp.endpoint import start_command
+from kvmp.memory import MemoryBound
 
 
 def doctor(*arguments: str) -> tuple[int, str]:
@@ -35,7 +37,7 @@ def test_no_server_is_no_failure_and_comes_with_the_command(tmp_path: Path) -> N
     code, said = doctor("--endpoint", f"unix:{tmp_path}/none.sock")
     assert code == fails(said)
     assert "warn  server" in said
-    assert f"mend: kvmp serve --size 4GiB --name none --socket {tmp_path}/none.sock --tcp off" in said
+    assert f"mend: {start_command(f'unix:{tmp_path}/none.sock')}" in said
 
 
 def test_what_answers_but_is_no_server_fails(tmp_path: Path) -> None:
@@ -49,8 +51,14 @@ def test_what_answers_but_is_no_server_fails(tmp_path: Path) -> None:
     assert "FAIL  server" in said
 
 
-def test_wrong_options_are_named() -> None:
-    assert doctor("--endpoint", "http://x")[0] == 1
+def test_wrong_options_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, said = doctor("--endpoint", "http://x")
+    assert code == 1
+    assert "mend: give another --endpoint" in said
+    monkeypatch.setenv("KVMP_TIMEOUT_MS", "soon")
+    _, said = doctor("--endpoint", "unix:/x")
+    assert "not looked at, for the settings above are wrong" in said
+    assert "--endpoint" not in said.split("server")[-1]
     code, said = doctor("--endpont", "unix:/x")
     assert code == 2
     assert "--endpont" in said
@@ -60,7 +68,11 @@ def test_wrong_options_are_named() -> None:
     ("look", "level", "text"),
     [
         (lambda folder: machine.shared_memory(folder / "none"), Level.FAIL, "mount -t tmpfs"),
+        (lambda folder: machine.memory([_bound(free=1 << 29)]), Level.WARN, "raise the limit"),
+        (lambda folder: machine.memory([_bound(free=1 << 31)]), Level.OK, "2.0 GiB free of 4.0 GiB, by the cage"),
         (lambda folder: machine.huge_pages(folder / "none"), Level.OK, "4 KiB pages"),
+        (lambda folder: machine.huge_pages(_text(folder, "always [never]")), Level.WARN, "echo within_size"),
+        (lambda folder: machine.huge_pages(_text(folder, "[always] never")), Level.OK, "on for shared memory"),
         (lambda folder: machine.socket_folder(folder / "none"), Level.OK, "first server"),
         (lambda folder: machine.socket_folder(_file(folder)), Level.FAIL, "not a folder"),
         (lambda folder: machine.socket_folder(_open(folder)), Level.WARN, "written by others"),
@@ -70,6 +82,15 @@ def test_what_is_not_fine_is_seen(tmp_path: Path, look: Callable[[Path], Finding
     found = look(tmp_path)
     assert found.level is level
     assert text in found.says + found.mend
+
+
+def _bound(free: int) -> MemoryBound:
+    return MemoryBound("the cage", 1 << 32, free, "raise the limit")
+
+
+def _text(folder: Path, text: str) -> Path:
+    (folder / "text").write_text(text)
+    return folder / "text"
 
 
 def _file(folder: Path) -> Path:
@@ -83,7 +104,9 @@ def _open(folder: Path) -> Path:
     return folder / "open"
 
 
-@pytest.mark.parametrize(("version", "level"), [("0.28.1", Level.FAIL), ("0.30.0", Level.OK), ("0.34.0", Level.FAIL)])
+@pytest.mark.parametrize(
+    ("version", "level"), [("0.28.1", Level.FAIL), ("0.30.0", Level.OK), ("0.34.0", Level.FAIL), ("dev", Level.WARN)]
+)
 def test_vllms_version_is_judged(monkeypatch: pytest.MonkeyPatch, version: str, level: Level) -> None:
     monkeypatch.setattr(software.version, "installed", lambda: version)
     found = software.vllm()
@@ -103,6 +126,11 @@ def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = software.settings()
     assert found.level is Level.FAIL
     assert "KVMP_TIMEOUT_MS" in found.says
+
+
+def test_the_folder_of_the_endpoint_is_looked_at(tmp_path: Path) -> None:
+    _, said = doctor("--endpoint", f"unix:{_open(tmp_path)}/none.sock")
+    assert f"{tmp_path}/open can be written by others" in said
 
 
 FACTS = {"cache": {"block_size": 32, "dtype": "auto"}, "vllm": "0.32", "workers": [1]}

@@ -12,8 +12,11 @@ import pytest
 
 import kvmp
 from kvmp import background
-from kvmp.commands import vllm_serve
+from kvmp.commands import default_size, vllm_serve
+from kvmp.config.size import parse_size
+from kvmp.endpoint import server_name
 from kvmp.errors import KvmpError
+from kvmp.memory import MemoryBound
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +51,6 @@ def test_the_connector_is_set_and_vllms_flags_are_kept(capsys: pytest.CaptureFix
     assert not [word for word in words if word.startswith(("--kvmp", "--dry"))]
     assert transfer(line) == {
         "kv_connector": "KvmpConnector",
-        "kv_connector_module_path": "kvmp.vllm.connector",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"kvmp.endpoint": nobody},
@@ -60,7 +62,7 @@ def test_a_server_is_started_for_the_process_where_none_answers(
 ) -> None:
     serve, _ = dry_run(capsys, "m", "--kvmp-endpoint", nobody, "--kvmp-size", "3GiB")
     path = nobody.removeprefix("unix:")
-    assert serve == f"kvmp serve --size 3GiB --name nobody --socket {path} --tcp off --until-pid $$ &"
+    assert serve == f"kvmp serve --size 3GiB --name {server_name(nobody)} --socket {path} --tcp off --until-pid $$ &"
 
 
 def test_somebodys_endpoint_is_not_served_by_us_unasked(capsys: pytest.CaptureFixture[str], nobody: str) -> None:
@@ -95,6 +97,79 @@ def test_settings_of_every_source_reach_the_engine(
     given = {"kv_connector_extra_config": {"kvmp.timeout_ms": 7, "other": 1}}
     _, line = dry_run(capsys, "m", "--kv-transfer-config", json.dumps(given))
     assert transfer(line)["kv_connector_extra_config"] == {"kvmp.endpoint": nobody, "kvmp.timeout_ms": 7, "other": 1}
+
+
+SPAWN = json.dumps({"kv_connector_extra_config": {"kvmp.on_unreachable": "spawn"}})
+
+
+@pytest.mark.parametrize(
+    ("variable", "flags", "size"),
+    [
+        ("64GiB", ["--kvmp-size", "32GiB"], "64GiB"),
+        ("", ["--kvmp-size", "32GiB"], "32GiB"),
+        ("64GiB", [], "64GiB"),
+    ],
+)
+def test_a_spawning_engine_gets_the_size_that_was_given(
+    capsys: pytest.CaptureFixture[str],
+    nobody: str,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    flags: list[str],
+    size: str,
+) -> None:
+    monkeypatch.setenv("KVMP_SPAWN_SIZE", variable)
+    *_, line = dry_run(capsys, "m", "--kvmp-endpoint", nobody, *flags, "--kv-transfer-config", SPAWN)
+    assert transfer(line)["kv_connector_extra_config"]["kvmp.spawn_size"] == size
+
+
+def test_an_engine_that_spawns_nothing_gets_no_size(capsys: pytest.CaptureFixture[str], nobody: str) -> None:
+    _, line = dry_run(capsys, "m", "--kvmp-endpoint", nobody, "--kvmp-size", "3GiB")
+    assert transfer(line)["kv_connector_extra_config"] == {"kvmp.endpoint": nobody}
+
+
+def test_the_module_is_named_where_plugins_are_switched_off(
+    capsys: pytest.CaptureFixture[str], nobody: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    _, line = dry_run(capsys, "m", "--kvmp-endpoint", nobody)
+    assert transfer(line)["kv_connector_module_path"] == "kvmp.vllm.connector"
+
+
+def test_a_policy_that_is_replaced_is_said(capsys: pytest.CaptureFixture[str], nobody: str) -> None:
+    given = json.dumps({"kv_load_failure_policy": "fail"})
+    arguments = ["serve", "m", "--kvmp-endpoint", nobody, "--kv-transfer-config", given, "--dry-run"]
+    assert vllm_serve.main(arguments) == 0
+    said = capsys.readouterr()
+    assert "becomes recompute" in said.err
+    assert transfer(said.out.splitlines()[-1])["kv_load_failure_policy"] == "recompute"
+
+
+def tightest(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    bounds = [MemoryBound("the cage", 1 << 50, free, "raise the limit"), MemoryBound("all", 1 << 50, 1 << 50, "")]
+    monkeypatch.setattr(default_size, "memory_bounds", lambda: bounds)
+
+
+@pytest.mark.parametrize(("free_gib", "size"), [(64, "16GiB"), (7, "1GiB"), (2, "512MiB")])
+def test_the_size_nobody_gave(monkeypatch: pytest.MonkeyPatch, nobody: str, free_gib: int, size: str) -> None:
+    tightest(monkeypatch, free_gib << 30)
+    assert default_size.default_size(nobody) == size
+
+
+def test_too_little_memory_names_what_bounds_it(monkeypatch: pytest.MonkeyPatch, nobody: str) -> None:
+    tightest(monkeypatch, 800 << 20)
+    with pytest.raises(KvmpError, match=r"quarter of the 800 MiB that the cage .* \(raise the limit\)"):
+        default_size.default_size(nobody)
+
+
+def test_a_size_nobody_gave_is_that_of_what_was_left(nobody: str) -> None:
+    name = server_name(nobody)
+    with kvmp.launch("150MiB", name=name, ephemeral=False) as server:
+        server.stop()
+        try:
+            assert parse_size(default_size.default_size(nobody)) == 150 << 20
+        finally:
+            server.segment_path.unlink()
 
 
 @pytest.mark.parametrize(
@@ -137,7 +212,7 @@ def test_a_background_server_ends_with_the_process_it_serves(nobody: str) -> Non
         finally:
             watched.kill()
     assert server.wait(10) == 0
-    segment = Path("/dev/shm/nobody.kvmp")
+    segment = Path(f"/dev/shm/{server_name(nobody)}.kvmp")
     assert segment.exists()
     segment.unlink()
 

@@ -105,6 +105,7 @@ def test_a_flag_as_text(text, value):
     [
         ({"lmcache.mp.host": "node7", "lmcache.mp.port": 6000}, "tcp://node7:6000"),
         ({"lmcache.mp.host": "tcp://node7"}, "tcp://node7:5555"),
+        ({"lmcache.mp.host": "127.0.0.1"}, "tcp://127.0.0.1:5555"),
         ({"lmcache.mp.port": 6000}, "tcp://localhost:6000"),
         ({"lmcache.mp.port": "6000"}, "tcp://localhost:6000"),
         ({"lmcache.mp.port": 6000, "kvmp.endpoint": "unix:/s"}, "unix:/s"),

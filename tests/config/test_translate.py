@@ -166,12 +166,21 @@ def test_other_wrong_flags_are_named(fields):
         ({"timeout_ms": 5}, "mean 'kvmp.timeout_ms'"),
     ],
 )
-def test_keys_of_kvmp_are_checked_for_kvmp_only(extra, text):
+def test_keys_of_kvmp_are_checked_under_every_backend(extra, text):
     transfer = KVTransferConfig(kv_connector_extra_config=extra)
-    with pytest.raises(ConfigError) as caught:
-        translate(offloading(4.0, "kvmp"), transfer)
-    assert text in str(caught.value)
-    assert extra.items() <= dict(translate(offloading(4.0, "native"), transfer).kv_connector_extra_config).items()
+    for backend in ("kvmp", "native", "lmcache"):
+        if backend != "kvmp" and not all(key.startswith("kvmp.") for key in extra):
+            continue  # a key without the prefix may be another connector's
+        with pytest.raises(ConfigError) as caught:
+            translate(offloading(4.0, backend), transfer)
+        assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["native", "lmcache"])
+def test_keys_of_another_connector_are_its_own(backend):
+    extra = {"endpoint": 1, "timeout_ms": "x"}
+    made = translate(offloading(4.0, backend), KVTransferConfig(kv_connector_extra_config=extra))
+    assert extra.items() <= dict(made.kv_connector_extra_config).items()
 
 
 def test_what_is_no_config_is_refused():

@@ -10,6 +10,7 @@ import pytest
 
 import kvmp
 from demo.engine import Engine
+from kvmp.endpoint import start_command
 from tests.engines.conftest import StartEngine
 from tests.engines.harness import (
     BLOCK,
@@ -115,7 +116,7 @@ def test_a_server_that_comes_later_is_used(start_engine: StartEngine, tmp_path: 
     warnings = [line for line in engine.log_path.read_text().splitlines() if "kvmp: no kvmp server at" in line]
     assert len(warnings) == 1
     assert str(socket_path) in warnings[0]
-    assert f"kvmp serve --size 4GiB --socket {socket_path}" in warnings[0]
+    assert start_command(f"unix:{socket_path}") in warnings[0]
     with kvmp.launch("256MiB", socket=socket_path) as server:
         until(lambda: stats(server)["engines"], "the engine attached")
         await_backing(server)

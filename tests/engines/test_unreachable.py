@@ -8,6 +8,7 @@ import pytest
 
 import kvmp
 from demo.engine import EngineError
+from kvmp.endpoint import server_name, start_command
 from kvmp.errors import KvmpError
 from tests.engines.conftest import StartEngine
 from tests.engines.harness import BLOCK, NEW_TOKENS, forget, random_prompt, until
@@ -20,9 +21,8 @@ class OwnServer:
     """The server that an engine starts for itself, seen from outside."""
 
     def __init__(self, folder: Path):
-        self.name = f"own-{os.getpid()}"
-        self.endpoint = f"unix:{folder}/{self.name}.sock"
-        self.segment = Path(f"/dev/shm/{self.name}.kvmp")
+        self.endpoint = f"unix:{folder}/own-{os.getpid()}.sock"
+        self.segment = Path(f"/dev/shm/{server_name(self.endpoint)}.kvmp")
 
     def stats(self) -> dict[str, int]:
         """Its counters; empty while it does not answer."""
@@ -71,4 +71,4 @@ def test_an_engine_that_wants_a_server_does_not_start_without(start_engine: Star
         engine.wait_up()
     log = engine.log_path.read_text()
     assert f"no kvmp server at {endpoint}" in log
-    assert "for kvmp.on_unreachable is 'fail'; this starts one: kvmp serve --size 4GiB --name none" in log
+    assert f"for kvmp.on_unreachable is 'fail'; this starts one: {start_command(endpoint)}" in log

@@ -58,6 +58,8 @@ def test_an_unclear_wish_is_said_and_changes_nothing(registry, monkeypatch, capl
 @pytest.mark.parametrize("other", ["0.28.0", "0.34.0"])
 def test_another_vllm_gets_one_line_and_no_connector(registry, monkeypatch, caplog_vllm, other):
     monkeypatch.setattr(vllm, "__version__", other)
+    monkeypatch.setattr(plugin.version, "_said", False)
+    plugin.register()
     plugin.register()
     assert "KvmpConnector" not in registry
     (line,) = caplog_vllm.warnings()

@@ -56,6 +56,16 @@ def test_each_fact_separates(model, change):
     assert digest(plain) != digest(other)
 
 
+@pytest.mark.parametrize("verify", [False, True])
+def test_the_configuration_says_all_facts_but_the_workers(model, verify):
+    """What `kvmp doctor` compares before there is an engine."""
+    config = fakes.engine_config(str(model))
+    facts = spec.engine_facts(config, fakes.BLOCK, verify=verify)
+    built = spec.build_spec(config, fakes.BLOCK, spec.ordered_parts(parts(), config), verify=verify).facts
+    assert {key: value for key, value in built.items() if key != "workers"} == facts
+    assert ("sums" in facts) is verify
+
+
 def test_seed_counts_only_with_dummy_weights(model):
     for load_format, same in (("auto", True), ("dummy", False)):
         configs = [fakes.engine_config(str(model)) for _ in range(2)]

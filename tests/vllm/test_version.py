@@ -7,7 +7,7 @@ import sys
 import pytest
 import vllm
 
-from kvmp.vllm import version
+from kvmp.vllm import plugin, version
 
 
 @pytest.fixture
@@ -73,5 +73,15 @@ def test_it_can_be_imported_without_vllm():
 
 def test_an_engine_on_another_vllm_warns_once(make, monkeypatch, caplog_vllm):
     monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    monkeypatch.setattr(version, "_said", False)
     make(ranks=2)
     assert [line for line in caplog_vllm.warnings() if "0.99.0" in line] == [version.unsupported()]
+
+
+def test_named_by_module_path_it_adds_nothing_to_what_the_plugin_said(make, monkeypatch, caplog_vllm):
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    monkeypatch.setattr(version, "_said", False)
+    plugin.register()
+    make()
+    (warning,) = (line for line in caplog_vllm.warnings() if "0.99.0" in line)
+    assert warning == f"{version.unsupported()}; vLLM is not told the name KvmpConnector"

@@ -1,32 +1,33 @@
 """How large a server is that nobody gave a size."""
 
-import os
-from pathlib import Path
-
+from kvmp._kvmp import kept_arena_bytes
+from kvmp.config.size import size_text
+from kvmp.endpoint import server_name
 from kvmp.errors import KvmpError
+from kvmp.memory import ARENA_DIR, memory_bounds
 
 _GIB = 1 << 30
-_ARENA_DIR = "/dev/shm"
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _LEAST = 256 << 20
 
 
-def default_size() -> str:
-    """A quarter of the memory this cgroup may use, at most half of what is free in ``/dev/shm``, as in ``12GiB``.
+def default_size(endpoint: str) -> str:
+    """As large as what the last server at ``endpoint`` left, so that it is found again; else a share of what is free.
+
+    The share is a quarter of what is free on the machine, in its cgroups and in ``/dev/shm``, as in ``12GiB``.
 
     Raises ``KvmpError`` when that is less than 256 MiB.
     """
-    there = os.statvfs(_ARENA_DIR)
-    size = min(_memory() // 4, there.f_bavail * there.f_frsize // 2)
+    if kept := kept_arena_bytes(server_name(endpoint), ARENA_DIR):
+        return size_text(kept)
+    return _share_of_free()
+
+
+def _share_of_free() -> str:
+    tightest = memory_bounds()[0]
+    size = tightest.free // 4
     if size < _LEAST:
         raise KvmpError(
-            f"{_ARENA_DIR} has only {there.f_bavail * there.f_frsize >> 20} MiB free: make it larger "
-            f"(docker run --shm-size=16g), or give --kvmp-size"
+            f"no size was given, and a quarter of the {tightest.free >> 20} MiB that {tightest.what} has free is less "
+            f"than {_LEAST >> 20} MiB: give --kvmp-size, or more memory ({tightest.mend})"
         )
     return f"{size // _GIB}GiB" if size >= _GIB else f"{size >> 20}MiB"
-
-
-def _memory() -> int:
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.exists() else "max"
-    return min(machine, int(limit)) if limit.isdigit() else machine

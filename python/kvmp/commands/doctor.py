@@ -6,7 +6,7 @@ from contextlib import closing
 
 from kvmp.config import ConfigError, ConnectorConfig
 from kvmp.doctor import machine, match, server, software
-from kvmp.doctor.finding import Finding, Level, fail, ok
+from kvmp.doctor.finding import Finding, Level, fail, ok, warn
 
 _DESCRIPTION = """Look at this machine, at what is installed and at the server, and say line by line what is fine,
 what is not, and the mend. With --model and any further flags of vLLM: also whether that engine would find what the
@@ -43,14 +43,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _settings(endpoint: str | None) -> ConnectorConfig | Finding:
+    try:
+        ConnectorConfig.read({})
+    except ConfigError:  # said already, among what is set
+        return warn("server", "not looked at, for the settings above are wrong")
+    try:
+        return ConnectorConfig.read({} if endpoint is None else {"kvmp.endpoint": endpoint})
+    except ConfigError as error:
+        return fail("server", str(error), "give another --endpoint")
+
+
 def _findings(endpoint: str | None, vllm_flags: Sequence[str]) -> Iterator[Finding]:
     yield from machine.check()
     yield from software.check()
-    try:
-        config = ConnectorConfig.read({} if endpoint is None else {"kvmp.endpoint": endpoint})
-    except ConfigError as error:
-        yield fail("server", str(error), "give another --endpoint")
+    config = _settings(endpoint)
+    if isinstance(config, Finding):
+        yield config
         return
+    yield machine.socket_folder(server.socket_folder(config.endpoint, config.socket_dir))
     client = server.connect(config.endpoint, config.socket_dir)
     if isinstance(client, Finding):
         yield client

@@ -19,11 +19,12 @@ from typing import Any
 from kvmp import background
 from kvmp.client import Client
 from kvmp.commands.default_size import default_size
-from kvmp.config import ConfigError, ConnectorConfig, KVTransferConfig, OffloadingConfig, translate
+from kvmp.config import ConfigError, ConnectorConfig, KVTransferConfig
 from kvmp.config.size import parse_size
+from kvmp.config.translation import CONNECTOR, MODULE_PATH
 from kvmp.endpoint import start_command
 from kvmp.errors import ConnectError, KvmpError, NoServer
-from kvmp.vllm import version
+from kvmp.vllm import plugin, version
 
 _TRANSFER_FLAG = "--kv-transfer-config"
 _REPLACED_BY = ("--kv-offloading-size", "--kv-offloading-backend")
@@ -59,7 +60,7 @@ def _main(arguments: Sequence[str]) -> int:
     ours, vllm_flags = _parser().parse_known_args(flags)
     _check_size(ours.kvmp_size)
     transfer, vllm_flags = _take_transfer(vllm_flags)
-    config = ConnectorConfig.read(_extra(transfer, ours.kvmp_endpoint))
+    config = _settings(_extra(transfer, ours.kvmp_endpoint), ours.kvmp_size)
     serve = [*_vllm_serve(vllm_flags), _TRANSFER_FLAG, _transfer_json(transfer, config)]
     if ours.dry_run:
         return _print_commands(config, ours.kvmp_size, serve)
@@ -79,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "--kvmp-size",
         metavar="SIZE",
         help="memory of the server, such as 64GiB, where none answers yet "
-        "(default: a quarter of the machine's memory, at most half of what is free in /dev/shm)",
+        "(default: what the last one left, else a quarter of what is free of memory, its cgroup or /dev/shm)",
     )
     parser.add_argument(
         "--kvmp-endpoint",
@@ -129,8 +130,8 @@ def _parsed_transfer(text: str) -> KVTransferConfig:
         raise _UsageError(f"{_TRANSFER_FLAG} is not JSON ({error}): {text!r}") from None
     if not isinstance(fields, dict):
         raise _UsageError(f"{_TRANSFER_FLAG} is not a JSON object: {text!r}")
-    connector = fields.get("kv_connector", "KvmpConnector")
-    if connector != "KvmpConnector":
+    connector = fields.get("kv_connector", CONNECTOR)
+    if connector != CONNECTOR:
         raise _UsageError(
             f"{_TRANSFER_FLAG} names {connector!r}, but this command sets kvmp's own connector; leave kv_connector "
             f"out, or call `vllm serve` itself with a MultiConnector that has both"
@@ -138,6 +139,8 @@ def _parsed_transfer(text: str) -> KVTransferConfig:
     known = {field.name for field in dataclasses.fields(KVTransferConfig)}
     if unknown := sorted(set(fields) - known):
         raise _UsageError(f"{_TRANSFER_FLAG}: unknown field {unknown[0]!r}; allowed are {', '.join(sorted(known))}")
+    if fields.get("kv_load_failure_policy") == "fail":
+        print("kvmp: kv_load_failure_policy becomes recompute: what cannot be loaded is computed", file=sys.stderr)
     return KVTransferConfig(**fields)
 
 
@@ -148,13 +151,29 @@ def _extra(transfer: KVTransferConfig | None, endpoint: str | None) -> dict[str,
     return extra
 
 
+def _settings(extra: dict[str, Any], size: str | None) -> ConnectorConfig:
+    """What every source says; where none names the size of a server to spawn, it is that of ``--kvmp-size``."""
+    named = ConnectorConfig.read({**extra, "kvmp.on_unreachable": "degrade"}).spawn_size
+    return ConnectorConfig.read(extra if named or size is None else {**extra, "kvmp.spawn_size": size})
+
+
 def _transfer_json(transfer: KVTransferConfig | None, config: ConnectorConfig) -> str:
-    """The transfer configuration that the engine gets; the endpoint is spelt out, whatever source it came from."""
+    """What the engine gets: endpoint and spawn size are spelt out, whatever source they came from.
+
+    vLLM knows the connector's name by the plugin; where that is hidden it gets the module too.
+    """
+    given = transfer or KVTransferConfig()
     extra = _extra(transfer, config.endpoint)
-    given = dataclasses.replace(
-        transfer or KVTransferConfig(), kv_connector_extra_config=extra, kv_load_failure_policy="recompute"
+    if config.on_unreachable == "spawn":
+        extra["kvmp.spawn_size"] = config.spawn_size
+    made = dataclasses.replace(
+        given,
+        kv_connector=CONNECTOR,
+        kv_connector_module_path=MODULE_PATH if plugin.hidden_by() else None,
+        kv_role="kv_both",
+        kv_connector_extra_config=extra,
+        kv_load_failure_policy="recompute",
     )
-    made = translate(OffloadingConfig(size_gib=1, backend="kvmp"), given) or given
     return made.to_json(version.installed() or "0.33")
 
 
@@ -200,7 +219,7 @@ def _find_or_start(config: ConnectorConfig, size: str | None) -> None:
 
 def _size_to_start(config: ConnectorConfig, size: str | None) -> str | None:
     """The size of the server to start; None where the endpoint is somebody's, who starts his own."""
-    return size or (default_size() if config.endpoint == ConnectorConfig().endpoint else None)
+    return size or (default_size(config.endpoint) if config.endpoint == ConnectorConfig().endpoint else None)
 
 
 def _found(config: ConnectorConfig) -> str | None:

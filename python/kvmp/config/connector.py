@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from kvmp.endpoint import DEFAULT_ENDPOINT
 from kvmp.errors import ConfigError
 
 from . import kinds
@@ -21,7 +22,7 @@ class ConnectorConfig:
     Attributes:
         endpoint: where the server answers: ``unix:PATH`` or ``tcp://HOST:PORT``.
         socket_dir: folder in which this process finds the server's socket, when it is mounted elsewhere here.
-        timeout_ms: how long a request waits for the answer to its lookup, and the bound of every wait, milliseconds.
+        timeout_ms: what all calls of a step together may wait, and a request for its lookup, milliseconds.
         save_decode: whether blocks filled by generated tokens are stored too.
         on_unreachable: what to do at a start with no server: work without a cache, refuse, or start a server.
         spawn_size: size of the server that ``"spawn"`` starts, as for ``kvmp serve --size``; needed by it.
@@ -31,7 +32,7 @@ class ConnectorConfig:
         ConfigError: a value that is not allowed, or ``"spawn"`` with no size.
     """
 
-    endpoint: str = setting("tcp://localhost:5555", kinds.ENDPOINT, "the server: `unix:PATH` or `tcp://HOST:PORT`")
+    endpoint: str = setting(DEFAULT_ENDPOINT, kinds.ENDPOINT, "the server: `unix:PATH` or `tcp://HOST:PORT`")
     socket_dir: str | None = setting(
         None,
         kinds.FOLDER,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from .size import parse_size
 
@@ -36,7 +37,17 @@ def is_port(value: object) -> bool:
 def is_endpoint(value: object) -> bool:
     """Whether this names a server: ``unix:`` and an absolute path, or ``tcp://HOST:PORT``."""
     match = _ENDPOINT.fullmatch(value) if isinstance(value, str) else None
-    return match is not None and (match["port"] is None or is_port(int(match["port"])))
+    if match is None or match["port"] is None:
+        return match is not None
+    return is_port(int(match["port"])) and _may_be_here(match["host"])
+
+
+def _may_be_here(host: str) -> bool:
+    """False for an address that is not loopback: servers answer nowhere else, for the cache is one machine's memory."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return True  # a name
 
 
 def _is_path(value: object) -> bool:
@@ -68,7 +79,7 @@ def choice(*values: str) -> Kind:
     return Kind(" or ".join(map(repr, values)), lambda value: isinstance(value, str) and value in values)
 
 
-ENDPOINT = Kind("unix:/PATH or tcp://HOST:PORT", is_endpoint)
+ENDPOINT = Kind("unix:/PATH or tcp://HOST:PORT of this machine (loopback)", is_endpoint)
 FOLDER = Kind("the path of a folder", _is_path)
 FILE = Kind("the path of a TOML file", _is_path)
 MILLISECONDS = Kind("a whole number of milliseconds from 1 to 60000", _is_milliseconds, whole)

@@ -29,7 +29,9 @@ def _host(given: object) -> str:
     host = given.removeprefix("tcp://") if isinstance(given, str) else ""
     if not is_endpoint(f"tcp://{host}:1"):
         raise refused(
-            f"kv_connector_extra_config[{HOST!r}]", given, "a host name or address, 'tcp://' before it or not"
+            f"kv_connector_extra_config[{HOST!r}]",
+            given,
+            "a name of this machine or a loopback address, 'tcp://' before it or not",
         )
     return host
 

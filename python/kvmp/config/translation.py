@@ -34,8 +34,7 @@ def translate(offloading: OffloadingConfig, transfer: KVTransferConfig | None = 
 
     Raises:
         ConfigError: ``transfer`` has ``ExampleHiddenStatesConnector`` (alone or in ``MultiConnector``) while prefill is
-            chunked, whether or not a size then replaces it; or, for ``kvmp``, a ``kvmp.*`` key of the extra config is
-            unknown or wrong.
+            chunked, whether or not a size then replaces it; or, with a size, a ``kvmp.*`` key is unknown or wrong.
     """
     _check_types(offloading, transfer)
     if transfer is not None:
@@ -43,6 +42,7 @@ def translate(offloading: OffloadingConfig, transfer: KVTransferConfig | None = 
     if offloading.size_gib is None:
         return transfer
     given = transfer or KVTransferConfig()
+    _check_own_keys(given)
     return replace(given, kv_role="kv_both", **_FOR_BACKEND[offloading.backend](offloading, given))
 
 
@@ -67,6 +67,12 @@ def _kvmp(offloading: OffloadingConfig, given: KVTransferConfig) -> dict[str, An
         "kv_connector_module_path": MODULE_PATH,
         "kv_connector_extra_config": extra,
     }
+
+
+def _check_own_keys(given: KVTransferConfig) -> None:
+    """Under every backend; a key of another connector is none of ours, however it is called."""
+    extra = given.kv_connector_extra_config
+    check_extra_config({key: value for key, value in extra.items() if isinstance(key, str) and key.startswith(PREFIX)})
 
 
 _FOR_BACKEND = {"native": _native, "lmcache": _lmcache, "kvmp": _kvmp}

@@ -3,14 +3,15 @@
 import os
 import resource
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from kvmp._kvmp import default_socket
+from kvmp.memory import ARENA_DIR, MemoryBound, memory_bounds
 
 from .finding import Finding, fail, ok, warn
 
-ARENA_DIR = Path("/dev/shm")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _GIB = 1 << 30
 _LEAST_SHM = _GIB  # Docker's default is 64 MiB, which holds a few hundred tokens of a large model
 _LEAST_FILES = 1024
@@ -19,10 +20,9 @@ _LEAST_FILES = 1024
 def check() -> Iterator[Finding]:
     """Every check of the machine."""
     yield shared_memory()
-    yield memory()
+    yield memory(memory_bounds())
     yield from limits()
     yield huge_pages()
-    yield socket_folder()
 
 
 def gib(count: int) -> str:
@@ -30,7 +30,7 @@ def gib(count: int) -> str:
     return f"{count / _GIB:.1f} GiB"
 
 
-def shared_memory(folder: Path = ARENA_DIR) -> Finding:
+def shared_memory(folder: Path = Path(ARENA_DIR)) -> Finding:
     what = "shared memory"
     if not folder.is_dir():
         return fail(what, f"{folder} is missing", f"mount -t tmpfs -o size=50% tmpfs {folder}")
@@ -45,14 +45,11 @@ def shared_memory(folder: Path = ARENA_DIR) -> Finding:
     return ok(what, says)
 
 
-def memory(limit: Path = CGROUP_LIMIT) -> Finding:
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    says = f"{gib(total)}, {gib(free)} of it unused"
-    text = limit.read_text().strip() if limit.exists() else "max"
-    if text.isdigit():
-        return ok("memory", f"{says}; this cgroup may use {gib(int(text))}, shared memory included")
-    return ok("memory", says)
+def memory(bounds: Sequence[MemoryBound]) -> Finding:
+    """Judges what bounds an arena's memory, the one with least free first."""
+    tightest = bounds[0]
+    says = f"{gib(tightest.free)} free of {gib(tightest.total)}, by {tightest.what}"
+    return warn("memory", says, tightest.mend) if tightest.free < _LEAST_SHM else ok("memory", says)
 
 
 def limits() -> Iterator[Finding]:
@@ -73,8 +70,6 @@ def limits() -> Iterator[Finding]:
         yield ok("address space", "no limit")
     else:
         yield warn("address space", f"at most {gib(space)}; every process maps the whole arena", "ulimit -v unlimited")
-    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    yield ok("locked memory", f"{_bound(locked)} (bytes; only a GPU's registration of the arena asks for it)")
 
 
 def _bound(value: int) -> str:
@@ -89,12 +84,14 @@ def huge_pages(setting: Path = HUGE_PAGES) -> Finding:
     chosen = text.partition("[")[2].partition("]")[0]
     if chosen in ("always", "within_size", "force"):
         return ok("huge pages", f"on for shared memory ({chosen})")
-    return ok("huge pages", f"off for shared memory ({chosen}); fewer page faults with: echo within_size > {setting}")
+    mend = f"as root, before the server starts: echo within_size > {setting}"
+    return warn("huge pages", f"off for shared memory ({chosen}): each process maps the arena in 4 KiB pages", mend)
 
 
 def socket_folder(folder: Path | None = None) -> Finding:
+    """Judges the folder in which servers and clients meet; the default one where none is named."""
     what = "socket folder"
-    folder = folder or default_socket_folder()
+    folder = folder or Path(default_socket("kvmp")).parent
     try:
         there = folder.lstat()
     except FileNotFoundError:
@@ -107,9 +104,3 @@ def socket_folder(folder: Path | None = None) -> Finding:
     if there.st_mode & 0o022:
         return warn(what, f"{folder} can be written by others", f"chmod go-w {folder}")
     return ok(what, f"{folder}, mode {stat.S_IMODE(there.st_mode):04o}")
-
-
-def default_socket_folder() -> Path:
-    """Where ``kvmp serve`` makes its socket when it is given no path."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(runtime) / "kvmp" if runtime and Path(runtime).is_dir() else Path(f"/tmp/kvmp-{os.geteuid()}")

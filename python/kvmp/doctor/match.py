@@ -7,6 +7,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from kvmp.client import Client
+from kvmp.config import ConnectorConfig
 
 from .finding import Finding, fail, ok, warn
 
@@ -36,7 +37,10 @@ def engine(flags: Sequence[str]) -> tuple[str, dict[str, Any]]:
     with redirect_stdout(io.StringIO()):
         parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(list(flags))
         config = EngineArgs.from_cli_args(parsed).create_engine_config()
-    return config.model_config.model, engine_facts(config, config.cache_config.block_size)
+    transfer = config.kv_transfer_config
+    settings = ConnectorConfig.read(transfer.kv_connector_extra_config if transfer else None)
+    facts = engine_facts(config, config.cache_config.block_size, verify=settings.verify == "always")
+    return config.model_config.model, facts
 
 
 def compare(model: str, facts: Mapping[str, Any], specs: Sequence[Mapping[str, Any]]) -> Finding:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from kvmp.client import Client
 from kvmp.endpoint import start_command
-from kvmp.errors import ConnectError, KvmpError, NoServer
+from kvmp.errors import KvmpError, NoServer
 
 from .finding import Finding, fail, ok, warn
 from .machine import gib
@@ -21,9 +22,16 @@ def connect(endpoint: str, socket_dir: str | None) -> Client | Finding:
         return Client.connect(endpoint, role="tool", socket_dir=socket_dir, timeout_ms=HELLO_MS)
     except NoServer as error:
         return warn(_WHAT, f"{error}; engines run without a cache", start_command(endpoint))
-    except ConnectError as error:
+    except KvmpError as error:
         mend = "stop it, or give server and engine another endpoint (kvmp serve --socket PATH, kvmp.endpoint)"
         return fail(_WHAT, f"what answers at {endpoint} does not serve us: {error}", mend)
+
+
+def socket_folder(endpoint: str, socket_dir: str | None) -> Path | None:
+    """The folder in which the engine looks for the socket; None where that is the server's default."""
+    if socket_dir is not None:
+        return Path(socket_dir)
+    return Path(endpoint.removeprefix("unix:")).parent if endpoint.startswith("unix:") else None
 
 
 def check(client: Client) -> Iterator[Finding]:

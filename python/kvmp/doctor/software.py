@@ -1,11 +1,11 @@
 """What is installed: kvmp, vLLM, torch, and whether vLLM will find the connector."""
 
 import importlib.metadata
-import os
 import platform
 from collections.abc import Iterator
 
 from kvmp.config import ConfigError, ConnectorConfig
+from kvmp.vllm import plugin as vllm_plugin
 from kvmp.vllm import version
 
 from .finding import Finding, fail, ok, warn
@@ -28,8 +28,10 @@ def vllm() -> Finding:
     span = f"0.{oldest} to 0.{newest}"
     if found is None:
         return warn("vLLM", "not installed in this environment", f"install vLLM {span} here, or kvmp where vLLM is")
-    major, minor = (int(number) for number in found.split(".")[:2])
-    if not (0, oldest) <= (major, minor) <= (0, newest):
+    number = version.number_of(found)
+    if number is None:
+        return warn("vLLM", f"{found}, which is no version that can be told; kvmp is written for {span}")
+    if not (0, oldest) <= number <= (0, newest):
         mend = f'pip install "vllm>=0.{oldest},<0.{newest + 1}"'
         return fail("vLLM", f"{found}; kvmp is written for {span}", mend)
     return ok("vLLM", found)
@@ -45,10 +47,9 @@ def plugin() -> Finding:
     names = [point.name for point in importlib.metadata.entry_points(group=_PLUGIN_GROUP)]
     if _PLUGIN not in names:
         return fail(what, "not among this environment's entry points", "pip install --force-reinstall kvmp")
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and _PLUGIN not in allowed.split(","):
-        mend = f"VLLM_PLUGINS={','.join(filter(None, [allowed, _PLUGIN]))}"
-        return fail(what, f"hidden by VLLM_PLUGINS={allowed}", mend)
+    if hidden := vllm_plugin.hidden_by():
+        mend = f"{hidden}{'' if hidden.endswith('=') else ','}{_PLUGIN}"
+        return fail(what, f"hidden by {hidden}", mend)
     return ok(what, "vLLM knows KvmpConnector by name")
 
 

@@ -1,5 +1,5 @@
 """vLLM's connector to kvmp.
 
-Point vLLM at ``kvmp.vllm.connector`` with ``kv_connector="KvmpConnector"``,
-``kv_connector_module_path="kvmp.vllm.connector"`` and ``kv_role="kv_both"``.
+vLLM knows it by name (``plugin``): ``kv_connector="KvmpConnector"`` and ``kv_role="kv_both"``; where vLLM's plugins are
+switched off, also ``kv_connector_module_path="kvmp.vllm.connector"``.
 """

@@ -47,7 +47,7 @@ class KvmpConnector(KVConnectorBase_V1):
         self._guard.run("start", make, None)
 
     def _make_scheduler(self) -> None:
-        if warning := version.unsupported():
+        if warning := version.unsupported_once():
             logger.warning(warning)
         side = SchedulerSide(self._vllm_config, self._kv_cache_config, self._options, logger, self._stats)
         if self._kv_transfer_config.kv_role != "kv_both":

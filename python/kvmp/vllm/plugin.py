@@ -12,11 +12,13 @@ import os
 from typing import Any
 
 from kvmp import factory
+from kvmp.config.translation import CONNECTOR
 from kvmp.vllm import version
 
 REPLACE_LMCACHE = "KVMP_REPLACE_LMCACHE"
 LMCACHE = "LMCacheMPConnector"
-_OURS = "KvmpConnector"
+_NAME = "kvmp"
+_ALLOWED = "VLLM_PLUGINS"
 _YES, _NO = ("1", "true"), ("", "0", "false")
 
 
@@ -24,9 +26,10 @@ def register() -> None:
     """Makes kvmp's connectors known to vLLM by name; never raises, for vLLM would not start."""
     logger = logging.getLogger("vllm.kvmp")
     try:
-        if reason := version.unsupported():
-            if multiprocessing.parent_process() is None:  # its children would only say it again
-                logger.warning("%s; its connector is not registered", reason)
+        if version.unsupported():
+            reason = version.unsupported_once()  # nor does the connector say it again, where it is named by module path
+            if reason and multiprocessing.parent_process() is None:  # its children would only repeat it
+                logger.warning("%s; vLLM is not told the name %s", reason, CONNECTOR)
             return
         from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
@@ -35,6 +38,12 @@ def register() -> None:
             _replace_lmcache(KVConnectorFactory, logger)
     except Exception:
         logger.exception("kvmp: its connector could not be registered; name it by kv_connector_module_path")
+
+
+def hidden_by() -> str:
+    """The list of plugins that vLLM was told to load and that leaves kvmp's out; empty when it is not left out."""
+    allowed = os.environ.get(_ALLOWED)
+    return "" if allowed is None or _NAME in allowed.split(",") else f"{_ALLOWED}={allowed}"
 
 
 def _register_missing(registry: Any) -> None:
@@ -57,6 +66,6 @@ def _wants_lmcache(logger: logging.Logger) -> bool:
 
 def _replace_lmcache(registry: Any, logger: logging.Logger) -> None:
     registry._registry.pop(LMCACHE, None)
-    _register(registry, LMCACHE, _OURS)
+    _register(registry, LMCACHE, CONNECTOR)
     if multiprocessing.parent_process() is None:
         logger.info("kvmp answers for %s (%s)", LMCACHE, REPLACE_LMCACHE)

@@ -106,14 +106,17 @@ def _draft_facts(vllm_config: Any) -> dict[str, Any] | None:
     }
 
 
-def engine_facts(vllm_config: Any, block_tokens: int) -> dict[str, Any]:
-    """Every fact of the configuration that shapes KV bytes, as JSON values.
+def engine_facts(vllm_config: Any, block_tokens: int, *, verify: bool = False) -> dict[str, Any]:
+    """Every fact of the configuration that sets engines apart, as JSON values: all facts but the workers'.
+
+    Args:
+        verify: whether its parts are stored with sums; those of other engines, without, could not be checked.
 
     Raises:
         SpecRefusedError: the engine's KV cannot be shared.
         OSError: the model's files cannot be read.
     """
-    return {
+    facts = {
         "vllm": f"{compat.VERSION[0]}.{compat.VERSION[1]}",
         "model": _model_facts(vllm_config.model_config),
         "load": _load_facts(vllm_config),
@@ -122,6 +125,7 @@ def engine_facts(vllm_config: Any, block_tokens: int) -> dict[str, Any]:
         "hash": _hash_facts(vllm_config.cache_config),
         "draft": _draft_facts(vllm_config),
     }
+    return {**facts, "sums": "xxh3"} if verify else facts
 
 
 def ordered_parts(parts: Mapping[tuple[int, int], PartMeta], vllm_config: Any) -> tuple[PartMeta, ...]:
@@ -159,16 +163,14 @@ def build_spec(
     Args:
         block_tokens: tokens of one block, which is also what one block hash covers.
         parts: the workers' parts, by index.
-        verify: whether its parts are stored with sums; those of other engines, without, could not be checked.
+        verify: as in `engine_facts`.
 
     Raises:
         SpecRefusedError: the engine's KV cannot be shared.
         OSError: the model's files cannot be read.
     """
-    facts = engine_facts(vllm_config, block_tokens)
+    facts = engine_facts(vllm_config, block_tokens, verify=verify)
     facts["workers"] = [json.loads(part.facts_json) for part in parts]
-    if verify:
-        facts["sums"] = "xxh3"
     return NamespaceSpec(
         model=vllm_config.model_config.model,
         facts=facts,

@@ -15,7 +15,7 @@ import time
 from kvmp import background
 from kvmp.config import ConnectorConfig
 from kvmp.endpoint import start_command
-from kvmp.errors import ConnectError, KvmpError
+from kvmp.errors import ConnectError, KvmpError, NoServer
 from kvmp.vllm import connecting
 
 _HELLO_MS = 1000
@@ -36,9 +36,13 @@ def demand_server(options: ConnectorConfig) -> None:
             options.endpoint, role="tool", socket_dir=options.socket_dir, timeout_ms=_HELLO_MS
         )
     except KvmpError as error:
-        raise ConnectError(
-            f"kvmp: {error}. The engine does not start without one, for kvmp.on_unreachable is 'fail'; "
+        mend = (
             f"this starts one: {start_command(options.endpoint)}"
+            if isinstance(error, NoServer)
+            else f"give it a server of its own at another kvmp.endpoint than {options.endpoint}"
+        )
+        raise ConnectError(
+            f"kvmp: {error}. The engine does not start without a server, for kvmp.on_unreachable is 'fail'; {mend}"
         ) from error
     client.close()
 

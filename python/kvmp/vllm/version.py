@@ -39,8 +39,23 @@ def installed() -> str | None:
 
 def number() -> tuple[int, int] | None:
     """(major, minor), None where it cannot be told."""
-    match = re.match(r"(\d+)\.(\d+)", text() or "")
+    return number_of(text() or "")
+
+
+def number_of(said: str) -> tuple[int, int] | None:
+    """(major, minor) of a version as it is written, None for what is none."""
+    match = re.match(r"(\d+)\.(\d+)", said)
     return (int(match[1]), int(match[2])) if match else None
+
+
+_said = False
+
+
+def unsupported_once() -> str | None:
+    """The warning of `unsupported` for the first who asks in this process, None for all others."""
+    global _said
+    already, _said = _said, True
+    return None if already else unsupported()
 
 
 def unsupported() -> str | None:

@@ -11,6 +11,7 @@ mod core;
 mod errors;
 mod layout;
 mod lookup;
+mod machine;
 mod namespace;
 mod numbers;
 mod program;
@@ -37,6 +38,8 @@ mod _kvmp {
     use super::layout::BlockLayout;
     #[pymodule_export]
     use super::lookup::{PendingLookup, ReadLease};
+    #[pymodule_export]
+    use super::machine::{default_socket, kept_arena_bytes, memory_bounds};
     #[pymodule_export]
     use super::namespace::{Namespace, namespace_digest};
     #[pymodule_export]

@@ -24,6 +24,8 @@ mod size;
 
 pub use config::{ConfigSource, DEFAULT_ARENA_DIR, DEFAULT_NAME, ServerConfig, default_socket};
 pub use error::ServerError;
+pub use limits::{Bound as MemoryBound, memory_bounds};
 pub use process::WatchedProcess;
+pub use segment::kept_arena_bytes;
 pub use server::{Server, ServerBuilder};
 pub use size::{Bytes, SizeError, parse_size};

@@ -45,6 +45,12 @@ pub fn tightest_free(bounds: &[Bound]) -> Option<&Bound> {
     bounds.iter().min_by_key(|bound| bound.free)
 }
 
+/// Every bound on memory taken in `arena_dir`, on this machine now.
+#[must_use]
+pub fn memory_bounds(arena_dir: &Path) -> Vec<Bound> {
+    bounds(arena_dir, &Sources::default())
+}
+
 /// Every bound on memory taken in `arena_dir`.
 #[must_use]
 pub fn bounds(arena_dir: &Path, sources: &Sources) -> Vec<Bound> {

@@ -278,6 +278,14 @@ fn make_backed(path: &Path, layout: &Layout) -> io::Result<File> {
     Ok(file)
 }
 
+/// Bytes of the arena that a server of this name would find and go on with; `None` where there is none, or it is not ours.
+#[must_use]
+pub fn kept_arena_bytes(dir: &Path, name: &str) -> Option<u64> {
+    let file = open_rw(&segment_path(dir, name)).ok()?;
+    let layout = read_header(&file)?.check(file.metadata().ok()?.len(), boot_id().ok()?).ok()?;
+    Some(layout.geometry.arena_bytes())
+}
+
 /// Removes the segment file of a name (`kvmp rm`); refused while a server has it. Gives the bytes it took.
 pub fn remove(dir: &Path, name: &str) -> Result<u64, ServerError> {
     check_folder(dir)?;

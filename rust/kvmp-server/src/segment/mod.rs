@@ -6,6 +6,6 @@ mod locks;
 mod place;
 mod table;
 
-pub use file::{Claim, Found, SegmentFile, boot_clock_ns, remove};
+pub use file::{Claim, Found, SegmentFile, boot_clock_ns, kept_arena_bytes, remove};
 pub use locks::HolderLocks;
 pub use table::SegmentTable;
