@@ -83,6 +83,10 @@ format: setup ## Format the sources
 bench: ## Run the Rust benches
 	cargo bench
 
+.PHONY: soak
+soak: setup ## Kill clients and server at random for MINUTES (10) and look for a wrong byte or a leak
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10)
+
 .PHONY: clean
 clean: ## Remove what make made
 	rm -rf $(VENV) $(OLD_VENV) .demo target .pytest_cache .ruff_cache .mypy_cache .hypothesis
