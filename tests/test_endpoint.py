@@ -52,3 +52,18 @@ def test_an_address_where_no_server_can_answer_is_refused(host: str) -> None:
     for extra in ({"kvmp.endpoint": f"tcp://{host}:5555"}, {"lmcache.mp.host": host}):
         with pytest.raises(ConfigError, match="of this machine"):
             ConnectorConfig.read(extra, {})
+
+
+@pytest.mark.parametrize("endpoint", ["unix://rel/x.sock", "unix:rel/x.sock", "unix:"])
+def test_only_an_absolute_path_is_an_endpoint(endpoint: str) -> None:
+    with pytest.raises(ConfigError, match="unix:/PATH"):
+        ConnectorConfig.read({"kvmp.endpoint": endpoint}, {})
+
+
+def test_two_slashes_more_are_the_same_endpoint() -> None:
+    assert ConnectorConfig.read({"kvmp.endpoint": "unix:///a/x.sock"}, {})
+    assert serve_flags("unix:///a/x.sock") == serve_flags("unix:/a/x.sock")
+
+
+def test_a_short_address_listens_where_clients_arrive() -> None:
+    assert serve_flags("tcp://127.1:6000")[-1] == "127.0.0.1:6000"

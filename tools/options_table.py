@@ -1,6 +1,6 @@
 """Writes the table of the connector's options in README.md, from the dataclass that reads them.
 
-``python tools/options_table.py`` rewrites the table between the two markers; a test fails while README differs.
+``.venv/bin/python tools/options_table.py`` rewrites the table between its markers; a test fails while README differs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from kvmp.config.connector import connector_settings
 from kvmp.config.setting import CONFIG_FILE, Setting
 
 README = Path(__file__).parent.parent / "README.md"
-COMMAND = "python tools/options_table.py"
+COMMAND = ".venv/bin/python tools/options_table.py"
 _BEGIN = f"<!-- options: written by `{COMMAND}` -->\n"
 _END = "<!-- end of options -->\n"
 

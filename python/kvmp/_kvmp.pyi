@@ -32,6 +32,7 @@ __all__ = [
     "Ring",
     "SegmentError",
     "ServerLost",
+    "Unreachable",
     "WriteLease",
     "__version__",
     "default_socket",
@@ -45,6 +46,7 @@ __all__ = [
 class KvmpError(RuntimeError): ...
 class ConnectError(KvmpError): ...
 class NoServer(ConnectError): ...  # noqa: N818 (says what happened)
+class Unreachable(ConnectError): ...  # noqa: N818 (says what happened)
 class ServerLost(KvmpError): ...  # noqa: N818 (says what happened)
 class BoundExceeded(KvmpError): ...  # noqa: N818 (says what happened)
 class Busy(KvmpError): ...  # noqa: N818 (says what happened)

@@ -4,6 +4,9 @@ import hashlib
 import os
 import re
 import shlex
+import socket
+from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 
 from ._kvmp import default_socket
@@ -11,7 +14,6 @@ from ._kvmp import default_socket
 DEFAULT_PORT = 5555
 DEFAULT_ENDPOINT = f"tcp://localhost:{DEFAULT_PORT}"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,39}")
-_LOOPBACK = re.compile(r"localhost|127\.[0-9.]+|\[::1\]")
 
 
 def server_name(endpoint: str) -> str:
@@ -19,7 +21,7 @@ def server_name(endpoint: str) -> str:
     if not endpoint.startswith("unix:"):
         port = int(endpoint.rpartition(":")[2])
         return "kvmp" if port == DEFAULT_PORT else f"kvmp-{port}"
-    path = _path(endpoint)
+    path = socket_path(endpoint)
     stem = path.stem if _NAME.fullmatch(path.stem) else "kvmp"
     if path == Path(default_socket(stem)):
         return stem  # there the socket has the server's name
@@ -34,10 +36,27 @@ def serve_flags(endpoint: str) -> list[str]:
     name = server_name(endpoint)
     flags = [] if name == "kvmp" else ["--name", name]
     if endpoint.startswith("unix:"):
-        return [*flags, "--socket", str(_path(endpoint)), "--tcp", "off"]
+        return [*flags, "--socket", str(socket_path(endpoint)), "--tcp", "off"]
     host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
-    # Servers answer on loopback only, which another name of this machine may stand for.
-    return [*flags, "--tcp", f"{host if _LOOPBACK.fullmatch(host) else '127.0.0.1'}:{port}"]
+    return [*flags, "--tcp", f"{_listening_address(host)}:{port}"]
+
+
+def _listening_address(host: str) -> str:
+    """Servers answer on loopback only: the host itself, or the first such address that its name stands for."""
+    if host == "localhost" or _is_loopback(host.strip("[]")):
+        return host
+    with suppress(OSError):
+        for *_, (address, *_) in socket.getaddrinfo(host, None, socket.AF_INET):
+            if _is_loopback(str(address)):
+                return str(address)
+    return "127.0.0.1"
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ip_address(address).is_loopback
+    except ValueError:
+        return False
 
 
 def start_command(endpoint: str, size: str = "4GiB") -> str:
@@ -46,5 +65,6 @@ def start_command(endpoint: str, size: str = "4GiB") -> str:
     return shlex.join(["kvmp", "serve", "--size", size, *flags])
 
 
-def _path(endpoint: str) -> Path:
-    return Path(endpoint.removeprefix("unix:"))
+def socket_path(endpoint: str) -> Path:
+    """The path of a ``unix:PATH`` or ``unix://PATH`` endpoint."""
+    return Path(endpoint.removeprefix("unix:").removeprefix("//"))

@@ -4,7 +4,8 @@
 
     KvmpError(RuntimeError)
     ├── ConnectError      no server, refused (uid, version, engine), or the hello went wrong
-    │   └── NoServer      nobody listens there: the socket does not exist, or it or the port refuses
+    │   ├── NoServer      nobody listens there: the socket does not exist, or it or the port refuses
+    │   └── Unreachable   whether anybody does cannot be told: rights, an unknown host, a socket of another container
     ├── ServerLost        the session ended, or is marked lost until a ping is answered
     ├── BoundExceeded     a call passed its bound, which marks the session lost
     ├── Busy              no room for one more request now; nothing was asked and nothing is lost: ask again later
@@ -28,6 +29,7 @@ from ._kvmp import (
     ProtocolError,
     SegmentError,
     ServerLost,
+    Unreachable,
 )
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "ProtocolError",
     "SegmentError",
     "ServerLost",
+    "Unreachable",
 ]
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from kvmp.config.spelling import did_you_mean, nearest
+from kvmp.config.near import did_you_mean, nearest
 from kvmp.config.translation import CONNECTOR, MODULE_PATH
 from kvmp.errors import ConfigError
 

@@ -160,10 +160,11 @@ def _flags(options: Mapping[str, object]) -> list[str]:
     return [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
 
 
-def answers(endpoint: str, timeout_s: float) -> bool:
+def answers(endpoint: str, timeout_s: float, socket_dir: str | None = None) -> bool:
     """Whether a server takes a hello at ``endpoint`` within ``timeout_s`` seconds."""
     try:
-        Client.connect(endpoint, role="tool", timeout_ms=max(1, int(timeout_s * 1000))).close()
+        bound = max(1, int(timeout_s * 1000))
+        Client.connect(endpoint, role="tool", socket_dir=socket_dir, timeout_ms=bound).close()
     except ConnectError:
         return False
     return True

@@ -1,14 +1,20 @@
 """`kvmp doctor`: what is fine, what is not, and the mend."""
 
+import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import kvmp
+from kvmp.config import ConfigError
 from kvmp.doctor import machine, match, software
+from kvmp.doctor import server as look_at_server
 from kvmp.doctor.finding import Finding, Level
 from kvmp.endpoint import start_command
 from kvmp.memory import MemoryBound
@@ -74,6 +80,7 @@ def test_wrong_options_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda folder: machine.huge_pages(_text(folder, "always [never]")), Level.WARN, "echo within_size"),
         (lambda folder: machine.huge_pages(_text(folder, "[always] never")), Level.OK, "on for shared memory"),
         (lambda folder: machine.socket_folder(folder / "none"), Level.OK, "first server"),
+        (lambda folder: machine.socket_folder(_another_users(folder)), Level.FAIL, "belongs to uid 4711"),
         (lambda folder: machine.socket_folder(_file(folder)), Level.FAIL, "not a folder"),
         (lambda folder: machine.socket_folder(_open(folder)), Level.WARN, "written by others"),
     ],
@@ -98,6 +105,14 @@ def _file(folder: Path) -> Path:
     return folder / "file"
 
 
+def _another_users(folder: Path) -> Path:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a folder away")
+    (folder / "given").mkdir()
+    os.chown(folder / "given", 4711, 4711)
+    return folder / "given"
+
+
 def _open(folder: Path) -> Path:
     (folder / "open").mkdir(mode=0o777)
     (folder / "open").chmod(0o777)
@@ -114,11 +129,94 @@ def test_vllms_version_is_judged(monkeypatch: pytest.MonkeyPatch, version: str, 
     assert version in found.says
 
 
-def test_a_plugin_list_without_kvmp_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_PLUGINS", "other")
+@pytest.mark.parametrize(("allowed", "mend"), [("other", "VLLM_PLUGINS=other,kvmp"), ("", "VLLM_PLUGINS=kvmp")])
+def test_a_plugin_list_without_kvmp_is_seen(monkeypatch: pytest.MonkeyPatch, allowed: str, mend: str) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", allowed)
     found = software.plugin()
-    assert found.level is Level.FAIL
-    assert found.mend == "VLLM_PLUGINS=other,kvmp"
+    assert found.level is Level.WARN
+    assert found.mend.startswith(f"{mend}, or")
+
+
+def test_a_vllm_that_is_told_nothing_is_not_said_to_know_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software.version, "installed", lambda: "0.28.0")
+    assert "vLLM knows" not in software.plugin().says
+
+
+def test_torch_that_is_missing_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software.version, "of", lambda name: None)
+    assert software.torch().level is Level.WARN
+
+
+@pytest.mark.parametrize(
+    ("limit", "bound", "level", "what"),
+    [
+        (resource.RLIMIT_NOFILE, 256, Level.WARN, "open files"),
+        (resource.RLIMIT_FSIZE, 1 << 20, Level.FAIL, "file size"),
+        (resource.RLIMIT_AS, 1 << 40, Level.WARN, "address space"),
+        (resource.RLIMIT_CORE, 0, None, ""),
+    ],
+)
+def test_limits_are_seen(
+    monkeypatch: pytest.MonkeyPatch, limit: int, bound: int, level: Level | None, what: str
+) -> None:
+    none = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    monkeypatch.setattr(resource, "getrlimit", lambda asked: (bound, bound) if asked == limit else none)
+    assert [(found.level, found.what) for found in machine.limits() if found.level is not Level.OK] == (
+        [(level, what)] if level else []
+    )
+
+
+@pytest.mark.parametrize(("blocks", "level"), [(1 << 10, Level.FAIL), (1 << 20, Level.OK), (0, Level.OK)])
+def test_shared_memory_is_judged_by_its_size(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, blocks: int, level: Level
+) -> None:
+    there = SimpleNamespace(f_blocks=blocks, f_bavail=blocks, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda folder: there)
+    assert machine.shared_memory(tmp_path).level is level
+
+
+@pytest.mark.parametrize(
+    ("changed", "what", "level"),
+    [
+        ({}, "arena", Level.OK),
+        ({"warming": True, "backed_bytes": 1}, "arena", Level.OK),
+        ({"backed_bytes": 1}, "arena", Level.WARN),
+        ({"version": "0.0.1"}, "server version", Level.WARN),
+    ],
+)
+def test_a_server_is_judged_by_what_it_says(changed: dict[str, Any], what: str, level: Level) -> None:
+    with kvmp.launch("64MiB") as server, kvmp.Client.connect(server.endpoint, role="tool") as client:
+        stats = client.stats() | {"warming": False, "backed_bytes": 64 << 20} | changed
+        version = changed.get("version", client.server_version)
+    told = SimpleNamespace(
+        ping=lambda timeout_ms: 0.001, stats=lambda: stats, server_version=version, endpoint=server.endpoint
+    )
+    assert {found.what: found.level for found in look_at_server.check(told)}[what] is level
+
+
+def test_what_keeps_us_from_the_server_is_said_with_its_own_mend() -> None:
+    found = look_at_server.connect("tcp://no.such.host.invalid:5555", None)
+    assert isinstance(found, Finding)
+    assert "cannot be reached" in found.says
+    assert "stop it" not in found.mend
+
+
+def test_no_vllm_is_blamed_for_what_is_not_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
+    def engine(error: Exception) -> Callable[[object], None]:
+        def fail(flags: object) -> None:
+            raise error
+
+        return fail
+
+    for error, text in [
+        (ImportError("No module named 'vllm'"), "vLLM cannot be imported (No module"),
+        (ConfigError("KVMP_X: 1 given"), "KVMP_X: 1 given"),
+        (ValueError("unrecognized arguments: --x"), "vLLM does not take --model m: unrecognized arguments: --x"),
+    ]:
+        monkeypatch.setattr(match, "engine", engine(error))
+        (found,) = match.check(None, ["--model", "m"])  # type: ignore[arg-type]
+        assert found.level is Level.FAIL
+        assert text in found.says
 
 
 def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,16 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import kvmp
 from kvmp import background
 from kvmp.commands import default_size, vllm_serve
+from kvmp.config import ConnectorConfig
 from kvmp.config.size import parse_size
 from kvmp.endpoint import server_name
 from kvmp.errors import KvmpError
@@ -67,7 +70,7 @@ def test_a_server_is_started_for_the_process_where_none_answers(
 
 def test_somebodys_endpoint_is_not_served_by_us_unasked(capsys: pytest.CaptureFixture[str], nobody: str) -> None:
     comment, _ = dry_run(capsys, "m", "--kvmp-endpoint", nobody)
-    assert comment.startswith(f"# kvmp: no server at {nobody}")
+    assert comment.startswith(f"# no server at {nobody}")
     assert "kvmp serve --size 4GiB" in comment
 
 
@@ -136,12 +139,31 @@ def test_the_module_is_named_where_plugins_are_switched_off(
     assert transfer(line)["kv_connector_module_path"] == "kvmp.vllm.connector"
 
 
+@pytest.mark.parametrize(
+    ("given", "texts"),
+    [
+        ({}, []),
+        ({"kv_role": "kv_both", "kv_load_failure_policy": "recompute"}, []),
+        ({"kv_role": "kv_producer"}, ["kv_role 'kv_producer' becomes 'kv_both'"]),
+        ({"kv_connector_module_path": "mine"}, ["kv_connector_module_path 'mine' becomes 'kvmp.vllm.connector'"]),
+    ],
+)
+def test_what_is_replaced_is_said(
+    capsys: pytest.CaptureFixture[str], nobody: str, given: dict[str, str], texts: list[str]
+) -> None:
+    flags = ["--kvmp-endpoint", nobody, "--kv-transfer-config", json.dumps(given), "--dry-run"]
+    assert vllm_serve.main(["serve", "m", *flags]) == 0
+    said = capsys.readouterr()
+    assert [line.removeprefix("kvmp: ") for line in said.err.splitlines()] == texts
+    assert transfer(said.out.splitlines()[-1])["kv_role"] == "kv_both"
+
+
 def test_a_policy_that_is_replaced_is_said(capsys: pytest.CaptureFixture[str], nobody: str) -> None:
     given = json.dumps({"kv_load_failure_policy": "fail"})
     arguments = ["serve", "m", "--kvmp-endpoint", nobody, "--kv-transfer-config", given, "--dry-run"]
     assert vllm_serve.main(arguments) == 0
     said = capsys.readouterr()
-    assert "becomes recompute" in said.err
+    assert "kv_load_failure_policy 'fail' becomes 'recompute'" in said.err
     assert transfer(said.out.splitlines()[-1])["kv_load_failure_policy"] == "recompute"
 
 
@@ -183,6 +205,13 @@ def test_a_size_nobody_gave_is_that_of_what_was_left(nobody: str) -> None:
         (["serve", "m", "--kv-offloading-size", "4"], ["--kv-offloading-size", "--kvmp-size"]),
         (["serve", "m", "--kv_offloading_backend=native"], ["--kv-offloading-backend", "--kvmp-size"]),
         (["serve", "m", "--kvmp-endpoint", "http://x"], ["http://x", "unix:"]),
+        (
+            ["serve", "m", "--kvmp-endpoint", "unix://rel/x.sock"],
+            ["--kvmp-endpoint: 'unix://rel/x.sock' given", "unix:/PATH"],
+        ),
+        (["serve", "m", "--kvmp-sise", "3GiB"], ["--kvmp-sise", "did you mean '--kvmp-size'?"]),
+        (["serve", "m", "--kvmp_endpoit=unix:/x"], ["--kvmp_endpoit", "did you mean '--kvmp-endpoint'?"]),
+        (["serve", "m", "--", "n"], ["-- ends the flags", "leave it out"]),
         (["bench"], ["kvmp vllm bench", "serve"]),
         ([], ["kvmp vllm"]),
     ],
@@ -215,6 +244,58 @@ def test_a_background_server_ends_with_the_process_it_serves(nobody: str) -> Non
     segment = Path(f"/dev/shm/{server_name(nobody)}.kvmp")
     assert segment.exists()
     segment.unlink()
+
+
+def test_one_that_came_first_is_used(nobody: str) -> None:
+    with kvmp.launch("64MiB", name=server_name(nobody), socket=nobody.removeprefix("unix:")):
+        assert background.start("64MiB", nobody, until_pid=os.getpid()) is None
+
+
+def test_a_server_that_is_looked_for_elsewhere_is_not_ready(nobody: str, tmp_path: Path) -> None:
+    with pytest.raises(KvmpError, match=rf"not ready within 1.0 s \(looked for in {tmp_path}/elsewhere\)"):
+        background.start("64MiB", nobody, until_pid=os.getpid(), socket_dir=f"{tmp_path}/elsewhere", timeout_s=1.0)
+    segment = Path(f"/dev/shm/{server_name(nobody)}.kvmp")
+    until_gone(segment)
+
+
+def until_gone(segment: Path) -> None:
+    """Waits for the terminated server's lock to go, and removes what it left."""
+    deadline = time.monotonic() + 10
+    while subprocess.run([sys.executable, "-m", "kvmp", "rm", segment.stem], capture_output=True).returncode:
+        assert time.monotonic() < deadline
+
+
+def test_a_running_server_is_found_and_none_is_started(capsys: pytest.CaptureFixture[str], nobody: str) -> None:
+    config = ConnectorConfig(endpoint=nobody)
+    with kvmp.launch("64MiB", name=server_name(nobody), socket=nobody.removeprefix("unix:")):
+        vllm_serve._find_or_start(config, "1TiB")  # such a size would fail to start
+    assert capsys.readouterr().err == f"kvmp: using the server at {nobody}; it keeps its own size\n"
+
+
+@pytest.mark.parametrize(
+    ("wish", "text"),
+    [("degrade", "starts without its cache"), ("spawn", "the engine starts one of 1GiB"), ("fail", None)],
+)
+def test_what_happens_without_a_server_is_said_as_it_is(
+    capsys: pytest.CaptureFixture[str], nobody: str, wish: Any, text: str | None
+) -> None:
+    config = ConnectorConfig(endpoint=nobody, on_unreachable=wish, spawn_size="1GiB")
+    if text is None:
+        with pytest.raises(KvmpError, match="on_unreachable is 'fail'; start one: kvmp serve"):
+            vllm_serve._find_or_start(config, None)
+    else:
+        vllm_serve._find_or_start(config, None)
+        assert text in capsys.readouterr().err
+
+
+def test_what_keeps_us_from_an_endpoint_is_said_and_nothing_is_started(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["serve", "m", "--kvmp-endpoint", "tcp://no.such.host.invalid:5555", "--kvmp-size", "1GiB"]
+    assert vllm_serve.main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "cannot be reached" in said
+    assert "Stop it" not in said
 
 
 def test_a_background_server_that_cannot_start_is_an_error(nobody: str) -> None:

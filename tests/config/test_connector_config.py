@@ -276,3 +276,12 @@ def test_what_is_no_size_is_named(text):
 @given(st.integers(0, 2**63))
 def test_a_written_size_reads_back(size):
     assert parse_size(size_text(size)) == size
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meant"), [("on_unreachable", "degrad", "degrade"), ("verify", "Always", "always")]
+)
+def test_a_near_miss_of_a_choice_is_named(name, value, meant):
+    for extra, environ in [({f"kvmp.{name}": value}, {}), ({}, {f"KVMP_{name.upper()}": value})]:
+        with pytest.raises(ConfigError, match=f"did you mean '{meant}'"):
+            ConnectorConfig.read(extra, environ)

@@ -20,7 +20,7 @@ from tests.vllm.hooks.used import SOURCES, names_in, used_names
 
 CONNECTOR = connector.KvmpConnector
 VERSIONS = facts.stored_versions()
-REMAKE = "run: python -m tests.vllm.hooks.make"
+REMAKE = "run: .venv/bin/python -m tests.vllm.hooks.make"
 
 # Public hooks that kvmp leaves to the base, and why that is right. A hook that is in neither is one nobody judged.
 LEFT_TO_THE_BASE = {

@@ -6,6 +6,7 @@ import sys
 import pytest
 import vllm
 
+from kvmp import factory
 from kvmp.vllm import plugin
 
 
@@ -34,10 +35,21 @@ def registry(monkeypatch):
     return fake._registry
 
 
-def test_registers_once_however_often_it_is_called(registry):
+def test_registers_once_however_often_it_is_called(registry, caplog_vllm):
     plugin.register()
     plugin.register()
     assert registry == {plugin.LMCACHE: "LMCache's own", "KvmpConnector": OURS}
+    assert not caplog_vllm.handler.records
+
+
+def test_connectors_of_others_are_made_known_too(registry, monkeypatch):
+    theirs = factory.Registered("Theirs", "their.module", "TheirClass", "their package")
+    offers = factory.Registry([factory.registered("KvmpConnector")], lambda: [theirs])
+    monkeypatch.setattr(plugin.factory, "names", offers.names)
+    monkeypatch.setattr(plugin.factory, "registered", offers.registered)
+    plugin.register()
+    assert registry["Theirs"] == ("their.module", "TheirClass")
+    assert registry["KvmpConnector"] == OURS
 
 
 @pytest.mark.parametrize(("value", "replaced"), [("1", True), ("true", True), ("0", False), ("", False)])
@@ -67,9 +79,19 @@ def test_another_vllm_gets_one_line_and_no_connector(registry, monkeypatch, capl
     assert "0.29 to 0.33" in line
 
 
-def test_never_raises(registry, monkeypatch):
+def test_a_child_leaves_the_warning_to_its_parent(registry, monkeypatch, caplog_vllm):
+    monkeypatch.setattr(vllm, "__version__", "0.34.0")
+    monkeypatch.setattr(plugin.version, "_said", False)
+    monkeypatch.setattr(plugin.multiprocessing, "parent_process", lambda: "there is one")
+    plugin.register()
+    assert not caplog_vllm.warnings()
+
+
+def test_never_raises_and_says_why(registry, monkeypatch, caplog_vllm):
     monkeypatch.setattr(plugin.factory, "names", lambda: 1 / 0)
     plugin.register()
+    (line,) = caplog_vllm.warnings()
+    assert "could not be registered" in line
 
 
 def test_imports_nothing_of_the_connector():

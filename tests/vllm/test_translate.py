@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 import vllm
-from vllm.config import CacheConfig, VllmConfig
+from vllm.config import CacheConfig, ParallelConfig, VllmConfig
 from vllm.config import KVTransferConfig as TheirTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, SupportsHMA
@@ -52,11 +52,16 @@ def stand_ins(monkeypatch):
     monkeypatch.setitem(sys.modules, "stand_ins", module)
 
 
-def theirs(size, backend, transfer):
+def theirs(size, backend, transfer, ranks=1):
     """What vLLM makes of the flags."""
     given = None if transfer is None else transfer.to_vllm()
     cache = CacheConfig(kv_offloading_size=size, kv_offloading_backend=backend)
-    return VllmConfig(cache_config=cache, kv_transfer_config=given).kv_transfer_config
+    parallel = ParallelConfig(
+        tensor_parallel_size=ranks, pipeline_parallel_size=ranks, distributed_executor_backend="mp"
+    )
+    made = VllmConfig(cache_config=cache, kv_transfer_config=given, parallel_config=parallel)
+    assert made.parallel_config.tensor_parallel_size == made.parallel_config.pipeline_parallel_size == ranks
+    return made.kv_transfer_config
 
 
 def plain(config):
@@ -74,6 +79,14 @@ def test_the_result_is_vllms_own(monkeypatch, transfer, size, backend, simple):
     monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", str(int(simple)))
     ours = translate(OffloadingConfig.from_env(size_gib=size, backend=backend), transfer)
     assert plain(ours and ours.to_vllm()) == plain(theirs(size, backend, transfer))
+
+
+@pytest.mark.parametrize(("backend", "simple"), [("native", False), ("native", True), ("lmcache", False)])
+def test_ranks_divide_nothing_for_vllm_too(monkeypatch, backend, simple):
+    monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", str(int(simple)))
+    sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+    ours = translate(OffloadingConfig.from_env(size_gib=4.0, backend=backend, **sizes))
+    assert plain(ours.to_vllm()) == plain(theirs(4.0, backend, None, ranks=2))
 
 
 # With no size vLLM refuses a transfer config that has no connector, or one whose class it cannot find.

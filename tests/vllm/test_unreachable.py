@@ -1,5 +1,6 @@
 """No server at the start: degrade, fail or spawn, as the user chose."""
 
+import itertools
 import logging
 import os
 import socket
@@ -82,6 +83,8 @@ def test_one_that_accepts_and_never_answers_holds_nobody_up(make, server, tmp_pa
 
 def test_fail_starts_beside_a_server_and_outlives_it(make, server):
     engine = make(extra={"kvmp.on_unreachable": "fail"})
+    asked = [client for client in server.clients if client.part is None]
+    assert [client.closed for client in asked[:2]] == [True, True], "each side's question is over"
     stored(engine)
     server.gone = True
     assert engine.ask(fakes.request("r", PROMPT)) == (0, False)
@@ -90,7 +93,7 @@ def test_fail_starts_beside_a_server_and_outlives_it(make, server):
 def test_spawn_starts_a_server_in_the_background(make, server, monkeypatch):
     server.gone, started = True, []
 
-    def start(size, endpoint, *, until_pid):
+    def start(size, endpoint, *, until_pid, socket_dir):
         started.append((size, until_pid))
         server.gone = False
         return
@@ -104,16 +107,23 @@ def test_spawn_starts_a_server_in_the_background(make, server, monkeypatch):
 def test_a_spawn_that_fails_is_not_tried_again_at_once(monkeypatch, caplog):
     tries = []
 
-    def start(size, endpoint, *, until_pid):
+    def start(size, endpoint, *, until_pid, socket_dir):
         tries.append(size)
         raise KvmpError("no room")
 
     monkeypatch.setattr(background, "start", start)
     spawner = Spawner(ConnectorConfig(on_unreachable="spawn", spawn_size="1GiB"), logging.getLogger("test"))
-    assert not spawner.start()
-    assert not spawner.start()
-    assert tries == ["1GiB"]
-    assert "no room" in caplog.text
+    now = [0.0]
+    monkeypatch.setattr("kvmp.vllm.unreachable.time.monotonic", lambda: now[0])
+    begun = []
+    for _ in range(300):  # half a second each
+        before = len(tries)
+        assert not spawner.start()
+        begun += [now[0]] * (len(tries) - before)
+        now[0] += 0.5
+    pauses = [later - earlier for earlier, later in itertools.pairwise(begun)]
+    assert pauses == [1, 2, 4, 8, 16, 32, 60]
+    assert caplog.text.count("no room") == 1
 
 
 def test_nothing_is_spawned_unasked(monkeypatch):

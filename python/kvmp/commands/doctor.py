@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 
 from kvmp.config import ConfigError, ConnectorConfig
+from kvmp.config.kinds import ENDPOINT, is_endpoint
+from kvmp.config.setting import refused
 from kvmp.doctor import machine, match, server, software
 from kvmp.doctor.finding import Finding, Level, fail, ok, warn
 
@@ -48,10 +50,11 @@ def _settings(endpoint: str | None) -> ConnectorConfig | Finding:
         ConnectorConfig.read({})
     except ConfigError:  # said already, among what is set
         return warn("server", "not looked at, for the settings above are wrong")
-    try:
-        return ConnectorConfig.read({} if endpoint is None else {"kvmp.endpoint": endpoint})
-    except ConfigError as error:
-        return fail("server", str(error), "give another --endpoint")
+    if endpoint is None:
+        return ConnectorConfig.read({})
+    if not is_endpoint(endpoint):
+        return fail("server", str(refused("--endpoint", endpoint, ENDPOINT.allowed)), "give another --endpoint")
+    return ConnectorConfig.read({"kvmp.endpoint": endpoint})
 
 
 def _findings(endpoint: str | None, vllm_flags: Sequence[str]) -> Iterator[Finding]:

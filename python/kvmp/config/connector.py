@@ -26,7 +26,7 @@ class ConnectorConfig:
         save_decode: whether blocks filled by generated tokens are stored too.
         on_unreachable: what to do at a start with no server: work without a cache, refuse, or start a server.
         spawn_size: size of the server that ``"spawn"`` starts, as for ``kvmp serve --size``; needed by it.
-        verify: whether every part is stored with a sum and checked after each load.
+        verify: ``"always"`` stores every part with a sum and checks it after each load, ``"off"`` neither.
 
     Raises:
         ConfigError: a value that is not allowed, or ``"spawn"`` with no size.

@@ -9,7 +9,7 @@ from ipaddress import ip_address
 
 from .size import parse_size
 
-_ENDPOINT = re.compile(r"unix:(//)?/.+|tcp://(?P<host>\[[^]/]+\]|[^:/\[\]]+):(?P<port>[0-9]{1,5})")
+_ENDPOINT = re.compile(r"unix:(?://)?/(?!/).+|tcp://(?P<host>\[[^]/]+\]|[^:/\[\]]+):(?P<port>[0-9]{1,5})")
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,14 @@ class Kind:
         accepts: whether a value is allowed.
         from_text: the value that a text stands for; the text itself when it stands for none, which ``accepts`` refuses.
         allowed_as_text: ``allowed`` where texts are given; the same when empty.
+        spellings: the texts that are allowed, where these are few.
     """
 
     allowed: str
     accepts: Callable[[object], bool]
     from_text: Callable[[str], object] = str
     allowed_as_text: str = ""
+    spellings: tuple[str, ...] = ()
 
 
 def is_port(value: object) -> bool:
@@ -76,7 +78,9 @@ def _truth(text: str) -> object:
 
 def choice(*values: str) -> Kind:
     """One of these texts."""
-    return Kind(" or ".join(map(repr, values)), lambda value: isinstance(value, str) and value in values)
+    return Kind(
+        " or ".join(map(repr, values)), lambda value: isinstance(value, str) and value in values, spellings=values
+    )
 
 
 ENDPOINT = Kind("unix:/PATH or tcp://HOST:PORT of this machine (loopback)", is_endpoint)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from .setting import refused
-from .spelling import did_you_mean, nearest
 
 BACKENDS = ("native", "lmcache", "kvmp")
 GIB = 2.0**30  # bytes; a float, as vLLM multiplies
@@ -88,8 +87,7 @@ def _is_above_zero(size: Any) -> bool:
 
 def _check_backend(backend: object) -> None:
     if not isinstance(backend, str) or backend not in BACKENDS:
-        hint = did_you_mean(nearest(backend.lower(), BACKENDS)) if isinstance(backend, str) else ""
-        raise refused("backend", backend, " or ".join(map(repr, BACKENDS)) + hint.removesuffix("."))
+        raise refused("backend", backend, " or ".join(map(repr, BACKENDS)), BACKENDS)
 
 
 def _check_ranks(name: str, value: object) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kvmp.errors import ConfigError
 
 from .kinds import FILE, Kind
+from .near import did_you_mean, nearest
 
 PREFIX = "kvmp."
 VARIABLE_PREFIX = "KVMP_"
@@ -46,7 +48,7 @@ class Setting:
             ConfigError: it is not; the text names the source, the value and what is allowed.
         """
         if not self.kind.accepts(value):
-            raise refused(source, value, self.kind.allowed)
+            raise refused(source, value, self.kind.allowed, self.kind.spellings)
         return value
 
     def read_text(self, text: str, source: str) -> object:
@@ -57,13 +59,15 @@ class Setting:
         """
         value = self.kind.from_text(text)
         if not self.kind.accepts(value):
-            raise refused(source, text, self.kind.allowed_as_text or self.kind.allowed)
+            raise refused(source, text, self.kind.allowed_as_text or self.kind.allowed, self.kind.spellings)
         return value
 
 
-def refused(source: str, value: object, allowed: str) -> ConfigError:
-    """The error for a value that is not allowed."""
-    return ConfigError(f"{source}: {value!r} given, allowed is {allowed}")
+def refused(source: str, value: object, allowed: str, spellings: Collection[str] = ()) -> ConfigError:
+    """The error for a value that is not allowed; ``spellings`` are the texts of which it may be a near miss."""
+    meant = nearest(value.lower(), spellings) if isinstance(value, str) else ""
+    hint = did_you_mean(meant) if meant else ""
+    return ConfigError(f"{source}: {value!r} given, allowed is {allowed}{hint}")
 
 
 def setting(default: object, kind: Kind, doc: str) -> Any:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from kvmp.errors import ConfigError
 
 from . import lmcache
+from .near import did_you_mean, nearest
 from .setting import CONFIG_FILE, Setting
-from .spelling import did_you_mean, meant_key, meant_variable, nearest
+from .spelling import meant_key, meant_variable
 
 # Variables that others of kvmp read.
 OTHER_VARIABLES = ("KVMP_LOG", "KVMP_REPLACE_LMCACHE")

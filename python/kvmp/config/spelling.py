@@ -1,24 +1,15 @@
-"""Which name a mistaken one was meant to be."""
+"""Which key or variable of kvmp's a mistaken one was meant to be, and which are none of ours."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
-from difflib import SequenceMatcher, get_close_matches
+from collections.abc import Collection
+from difflib import SequenceMatcher
 
+from .near import nearest
 from .setting import PREFIX
 
 _HEAD_AND_TAIL = re.compile(r"([A-Za-z0-9]+)[._:/ -]+(.*)", re.DOTALL)
-
-
-def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
-    """The known name that is most like this one; empty when none is like it."""
-    return next(iter(get_close_matches(name, known, n=1, cutoff=cutoff)), "")
-
-
-def did_you_mean(name: str) -> str:
-    """The middle of an error's text, which ends its sentence."""
-    return f"; did you mean {name!r}?" if name else "."
 
 
 def meant_key(key: object, known: Collection[str]) -> str | None:

@@ -88,7 +88,7 @@ class KVTransferConfig:
         Raises:
             ConfigError: a field is set that this version does not have, or the version is none.
         """
-        has_old = _release(version) < _FIRST_WITHOUT_OLD
+        has_old = _checked_release(version) < _FIRST_WITHOUT_OLD
         known = {each.name for each in fields(self)} - (set() if has_old else _OLD_DEFAULTS.keys())
         return self._for(known, version)
 
@@ -147,7 +147,7 @@ def _check(each: Field[Any], value: object) -> None:
         return
     fits = isinstance(value, types) and (bool in types or not isinstance(value, bool))
     if not fits or (among and value not in among):
-        raise refused(each.name, value, each.metadata["allowed"])
+        raise refused(each.name, value, each.metadata["allowed"], among)
 
 
 def _copied(value: Any) -> Any:
@@ -157,8 +157,14 @@ def _copied(value: Any) -> Any:
     return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
-def _release(version: str) -> tuple[int, int]:
+def release_of(version: str) -> tuple[int, int] | None:
+    """(major, minor) of a version as vLLM writes it, ``None`` for what is none."""
     match = re.match(r"v?(\d+)\.(\d+)", version)
-    if match is None:
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def _checked_release(version: str) -> tuple[int, int]:
+    release = release_of(version)
+    if release is None:
         raise refused("version", version, "a version of vLLM, such as '0.32.0'")
-    return int(match[1]), int(match[2])
+    return release

