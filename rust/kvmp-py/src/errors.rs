@@ -36,7 +36,10 @@ const CLASSES: [(&str, &str); 12] = [
     ("SegmentError", "The server's memory cannot be mapped, or is not what it says."),
     ("InvalidInput", "A bad argument (shape, dtype, range); the message names it. Also a ValueError."),
     ("NoServer", "Nobody listens at the endpoint: the socket does not exist, or it or the port refuses."),
-    ("Unreachable", "Whether anybody listens there cannot be told: rights, an unknown host, a socket of another container."),
+    (
+        "Unreachable",
+        "Whether anybody listens there cannot be told: rights, an unknown host, a socket of another container.",
+    ),
 ];
 
 static TREE: PyOnceLock<Vec<Py<PyType>>> = PyOnceLock::new();
@@ -101,9 +104,7 @@ fn class_of(error: &ClientError) -> Class {
     match error {
         ClientError::NoServer { .. } => Class::NoServer,
         ClientError::Unreachable { .. } | ClientError::SocketElsewhere { .. } => Class::Unreachable,
-        ClientError::PeerUid { .. }
-        | ClientError::Hello { .. }
-        | ClientError::Refused { .. } => Class::Connect,
+        ClientError::PeerUid { .. } | ClientError::Hello { .. } | ClientError::Refused { .. } => Class::Connect,
         ClientError::Lost(_) => Class::ServerLost,
         ClientError::BoundExceeded { .. } => Class::BoundExceeded,
         ClientError::Busy { .. } => Class::Busy,
