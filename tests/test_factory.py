@@ -219,15 +219,17 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 class Plain:
     pass
 
+class Abstract(KVConnectorBase_V1):
+    pass
+
 class Old(KVConnectorBase_V1):
-    __abstractmethods__ = frozenset()
     def __init__(self, vllm_config, role): pass
 
 class Good(KVConnectorBase_V1):
     def __init__(self, vllm_config, role, kv_cache_config):
         self.given = (vllm_config, role, kv_cache_config)
 
-Good.__abstractmethods__ = frozenset()
+Old.__abstractmethods__ = Good.__abstractmethods__ = frozenset()
 """
 
 
@@ -235,11 +237,26 @@ Good.__abstractmethods__ = frozenset()
 def test_create_makes_connectors_of_vllm_and_nothing_else(folder, monkeypatch):
     module(folder, monkeypatch, "created", CREATED)
     monkeypatch.setattr(factory, "_REGISTRY", fresh())
-    for name in ("Plain", "Old", "Good"):
+    for name in ("Plain", "Abstract", "Old", "Good"):
         factory.register(name, "created", name)
     assert factory.connector_class("Plain").__name__ == "Plain"
     with pytest.raises(ConfigError, match=r"created\.Plain is no subclass of vLLM's KVConnectorBase_V1"):
         factory.create("Plain")
+    with pytest.raises(ConfigError, match=r"created\.Abstract is abstract: it lacks build_connector_meta"):
+        factory.create("Abstract", 1, 2, 3)
     with pytest.raises(ConfigError, match=r"created\.Old does not take kv_cache_config"):
         factory.create("Old", 1, 2)
     assert factory.create("Good", 1, 2, kv_cache_config=3).given == (1, 2, 3)
+
+
+def test_a_module_that_ends_the_process_does_not(folder, monkeypatch):
+    module(folder, monkeypatch, "ends", "import sys; sys.exit(3)")
+    monkeypatch.setattr(factory, "_REGISTRY", fresh())
+    factory.register("Ends", "ends", "Ends")
+    with pytest.raises(ConfigError, match=r"ends:Ends cannot be imported: SystemExit"):
+        factory.connector_class("Ends")
+
+
+def test_what_is_no_name_is_unknown():
+    with pytest.raises(ConfigError, match="KvmpConnector"):
+        factory.connector_class(["KvmpConnector"])

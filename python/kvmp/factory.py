@@ -53,7 +53,7 @@ class Registered:
         where = f"connector {self.name!r} of {self.owner}: {self.module}:{self.class_name}"
         try:
             loaded = getattr(importlib.import_module(self.module), self.class_name, None)
-        except Exception as error:  # a module may raise anything while it is imported
+        except (Exception, SystemExit) as error:  # a module may raise anything while it is imported
             raise ConfigError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
         if not isinstance(loaded, type) or loaded.__name__ != self.class_name:
             raise ConfigError(f"{where} is no class of that name: {loaded!r} found")
@@ -99,7 +99,7 @@ class Registry:
         """Where the class of a name is; see the function of the module."""
         with self._lock:
             self._read_offers()
-            found = self._by_name.get(name)
+            found = self._by_name.get(name) if isinstance(name, str) else None
         if found is None:
             raise ConfigError(_unknown(name, self.names()))
         return found
@@ -201,6 +201,9 @@ def _check_is_connector(name: str, loaded: type[Any]) -> None:
     where = f"connector {name!r}: {loaded.__module__}.{loaded.__qualname__}"
     if not issubclass(loaded, KVConnectorBase_V1):
         raise ConfigError(f"{where} is no subclass of vLLM's KVConnectorBase_V1")
+    if inspect.isabstract(loaded):
+        missing = ", ".join(sorted(loaded.__abstractmethods__))
+        raise ConfigError(f"{where} is abstract: it lacks {missing}")
     if not _takes(loaded, "kv_cache_config"):
         raise ConfigError(f"{where} does not take kv_cache_config, vLLM's third argument")
 

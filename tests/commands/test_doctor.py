@@ -1,5 +1,6 @@
 """`kvmp doctor`: what is fine, what is not, and the mend."""
 
+import importlib.util
 import os
 import resource
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 import kvmp
 from kvmp.config import ConfigError
+from kvmp.default_size import default_size
 from kvmp.doctor import machine, match, software
 from kvmp.doctor import server as look_at_server
 from kvmp.doctor.finding import Finding, Level
@@ -40,10 +42,11 @@ def test_a_server_that_is_well_is_said_to_be() -> None:
 
 
 def test_no_server_is_no_failure_and_comes_with_the_command(tmp_path: Path) -> None:
-    code, said = doctor("--endpoint", f"unix:{tmp_path}/none.sock")
+    endpoint = f"unix:{tmp_path}/none.sock"
+    code, said = doctor("--endpoint", endpoint)
     assert code == fails(said)
     assert "warn  server" in said
-    assert f"mend: {start_command(f'unix:{tmp_path}/none.sock')}" in said
+    assert f"mend: {start_command(endpoint, default_size(endpoint))}" in said
 
 
 def test_what_answers_but_is_no_server_fails(tmp_path: Path) -> None:
@@ -79,7 +82,10 @@ def test_wrong_options_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda folder: machine.huge_pages(folder / "none"), Level.OK, "4 KiB pages"),
         (lambda folder: machine.huge_pages(_text(folder, "always [never]")), Level.WARN, "echo within_size"),
         (lambda folder: machine.huge_pages(_text(folder, "[always] never")), Level.OK, "on for shared memory"),
-        (lambda folder: machine.socket_folder(folder / "none"), Level.OK, "first server"),
+        (lambda folder: machine.socket_folder(folder / "none"), Level.WARN, "map the server's folder"),
+        (lambda folder: machine.socket_folder(_file(folder) / "x"), Level.FAIL, "Not a directory"),
+        (lambda folder: machine.socket_folder(folder / ("x" * 300)), Level.FAIL, "File name too long"),
+        (lambda folder: machine.shared_memory(folder), Level.FAIL, "no file system in memory"),
         (lambda folder: machine.socket_folder(_another_users(folder)), Level.FAIL, "belongs to uid 4711"),
         (lambda folder: machine.socket_folder(_file(folder)), Level.FAIL, "not a folder"),
         (lambda folder: machine.socket_folder(_open(folder)), Level.WARN, "written by others"),
@@ -172,6 +178,7 @@ def test_shared_memory_is_judged_by_its_size(
 ) -> None:
     there = SimpleNamespace(f_blocks=blocks, f_bavail=blocks, f_frsize=4096)
     monkeypatch.setattr(os, "statvfs", lambda folder: there)
+    monkeypatch.setattr(machine, "lies_in_memory", lambda folder: True)
     assert machine.shared_memory(tmp_path).level is level
 
 
@@ -201,9 +208,24 @@ def test_what_keeps_us_from_the_server_is_said_with_its_own_mend() -> None:
     assert "stop it" not in found.mend
 
 
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_flags_of_the_api_server_are_told_apart() -> None:
+    ignored: list[str] = []
+    with pytest.raises(Exception, match=r"/no/such/model") as error:
+        match.engine(["--model", "/no/such/model", "--port", "8000", "--dtype", "float32"], ignored)
+    assert ignored == ["--port", "8000"]
+    assert "unrecognized" not in str(error.value)
+
+
+def test_who_reads_no_further_gets_no_traceback() -> None:
+    command = f"{sys.executable} -m kvmp doctor --endpoint unix:/none.sock | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stderr == ""
+
+
 def test_no_vllm_is_blamed_for_what_is_not_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
-    def engine(error: Exception) -> Callable[[object], None]:
-        def fail(flags: object) -> None:
+    def engine(error: Exception) -> Callable[[object, object], None]:
+        def fail(flags: object, ignored: object) -> None:
             raise error
 
         return fail

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import kvmp
-from kvmp import background
-from kvmp.commands import default_size, vllm_serve
+from kvmp import background, default_size
+from kvmp.commands import vllm_serve
 from kvmp.config import ConnectorConfig
 from kvmp.config.size import parse_size
 from kvmp.endpoint import server_name
@@ -72,6 +72,67 @@ def test_somebodys_endpoint_is_not_served_by_us_unasked(capsys: pytest.CaptureFi
     comment, _ = dry_run(capsys, "m", "--kvmp-endpoint", nobody)
     assert comment.startswith(f"# no server at {nobody}")
     assert "kvmp serve --size 4GiB" in comment
+
+
+@pytest.mark.parametrize("key", ["kv-offloading-size: 1", "kv_offloading_backend: native", "'kv-transfer-config': x"])
+def test_vllms_own_file_of_flags_is_looked_into(
+    capsys: pytest.CaptureFixture[str], nobody: str, tmp_path: Path, key: str
+) -> None:
+    file = tmp_path / "flags.yaml"
+    file.write_text(f"port: 81\n{key}\n")
+    for flags in (["--config", str(file)], [f"--config={file}"]):
+        assert vllm_serve.main(["serve", "m", "--kvmp-endpoint", nobody, *flags, "--dry-run"]) == 2
+        assert f"{file}: kv" in capsys.readouterr().err
+    file.write_text("port: 81\n# kv-offloading-size: 1\n")
+    _, line = dry_run(capsys, "m", "--kvmp-endpoint", nobody, "--config", str(file))
+    assert f"--config {file}" in line
+
+
+def test_flags_of_ours_may_have_underscores(capsys: pytest.CaptureFixture[str], nobody: str) -> None:
+    serve, _ = dry_run(capsys, "m", "--kvmp_endpoint", nobody, "--kvmp_size=3GiB")
+    assert "--size 3GiB" in serve
+
+
+def test_a_server_to_spawn_has_its_size_here_too(
+    capsys: pytest.CaptureFixture[str], nobody: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVMP_SPAWN_SIZE", "3GiB")
+    serve, _ = dry_run(capsys, "m", "--kvmp-endpoint", nobody, "--kv-transfer-config", SPAWN)
+    assert "--size 3GiB" in serve
+
+
+@pytest.mark.parametrize(
+    ("installed", "text"),
+    [
+        ({"vllm": "0.28.0"}, "this is vLLM 0.28.0, and kvmp is written for vLLM 0.29 to 0.33"),
+        ({}, "there is no vLLM in kvmp's environment"),
+        ({"vllm": "0.32.0"}, "cannot be run: install vLLM"),
+    ],
+)
+def test_a_vllm_that_will_not_do_is_refused_before_a_server_starts(
+    capsys: pytest.CaptureFixture[str],
+    nobody: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    installed: dict[str, str],
+    text: str,
+) -> None:
+    monkeypatch.setattr(vllm_serve.version, "of", installed.get)
+    monkeypatch.setattr(sys, "executable", f"{tmp_path}/python")
+    assert vllm_serve.main(["serve", "m", "--kvmp-endpoint", nobody, "--kvmp-size", "1GiB"]) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_what_cannot_be_run_is_named_and_its_server_ends(
+    capsys: pytest.CaptureFixture[str], nobody: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(program: str, arguments: list[str]) -> None:
+        raise OSError(7, "Argument list too long")
+
+    monkeypatch.setattr(os, "execvp", refuse)
+    monkeypatch.setattr(vllm_serve, "_find_or_start", lambda config, size: None)
+    assert vllm_serve.main(["serve", "m", "--kvmp-endpoint", nobody]) == 1
+    assert f"cannot run {sys.executable}: Argument list too long" in capsys.readouterr().err
 
 
 def test_a_running_server_is_found(capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,7 +271,10 @@ def test_a_size_nobody_gave_is_that_of_what_was_left(nobody: str) -> None:
             ["--kvmp-endpoint: 'unix://rel/x.sock' given", "unix:/PATH"],
         ),
         (["serve", "m", "--kvmp-sise", "3GiB"], ["--kvmp-sise", "did you mean '--kvmp-size'?"]),
-        (["serve", "m", "--kvmp_endpoit=unix:/x"], ["--kvmp_endpoit", "did you mean '--kvmp-endpoint'?"]),
+        (["serve", "m", "--kvmp_endpoit=unix:/x"], ["--kvmp-endpoit", "did you mean '--kvmp-endpoint'?"]),
+        (["serve", "m", "--kv-offloading-siz", "4"], ["--kv-offloading-size", "--kvmp-size"]),
+        (["serve", "m", "--kv-transfer-conf", "{"], ["is not JSON"]),
+        (["serve", "--port", "1", "m"], ["kvmp vllm serve MODEL FLAGS"]),
         (["serve", "m", "--", "n"], ["-- ends the flags", "leave it out"]),
         (["bench"], ["kvmp vllm bench", "serve"]),
         ([], ["kvmp vllm"]),
@@ -274,7 +338,7 @@ def test_a_running_server_is_found_and_none_is_started(capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize(
     ("wish", "text"),
-    [("degrade", "starts without its cache"), ("spawn", "the engine starts one of 1GiB"), ("fail", None)],
+    [("degrade", "starts without its cache"), ("fail", None)],
 )
 def test_what_happens_without_a_server_is_said_as_it_is(
     capsys: pytest.CaptureFixture[str], nobody: str, wish: Any, text: str | None

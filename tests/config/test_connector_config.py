@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import os
 import re
 
 import pytest
@@ -285,3 +286,24 @@ def test_a_near_miss_of_a_choice_is_named(name, value, meant):
     for extra, environ in [({f"kvmp.{name}": value}, {}), ({}, {f"KVMP_{name.upper()}": value})]:
         with pytest.raises(ConfigError, match=f"did you mean '{meant}'"):
             ConnectorConfig.read(extra, environ)
+
+
+def test_only_a_regular_file_of_some_size_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(b"#" * (1 << 20) + b"\n#")
+    (tmp_path / "deep").write_text("a = " + "[" * 100_000)
+    for name, text in [("pipe", "no regular file"), ("large", "of at most"), ("deep", "is no TOML")]:
+        with pytest.raises(ConfigError, match=text):
+            ConnectorConfig.read({}, {"KVMP_CONFIG_FILE": str(tmp_path / name)})
+    with pytest.raises(ConfigError, match="no regular file"):
+        ConnectorConfig.read({}, {"KVMP_CONFIG_FILE": "/dev/zero"})
+
+
+def test_settings_nested_under_one_key_are_not_lost_in_silence():
+    with pytest.raises(ConfigError, match="unknown name 'kvmp'"):
+        ConnectorConfig.read({"kvmp": {"timeout_ms": 3}}, {})
+
+
+def test_what_is_no_mapping_is_refused():
+    with pytest.raises(ConfigError, match="kv_connector_extra_config"):
+        ConnectorConfig.read([1], {})

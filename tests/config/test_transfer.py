@@ -35,6 +35,8 @@ def test_an_old_field_is_refused_for_a_version_without_it(version, name):
 def test_what_is_no_version_is_refused():
     with pytest.raises(ConfigError, match="version: 'new' given"):
         KVTransferConfig().as_dict("new")
+    with pytest.raises(ConfigError, match="version: None given"):
+        KVTransferConfig().as_dict(None)
 
 
 @pytest.mark.parametrize(
@@ -80,3 +82,39 @@ def test_old_fields_at_vllms_default_count_as_not_given():
     ours = KVTransferConfig.from_vllm(theirs)
     assert ours == KVTransferConfig(kv_connector="X", kv_role="kv_both")
     assert KVTransferConfig.from_vllm(SimpleNamespace(**OLD)) == KVTransferConfig(**OLD)
+
+
+HIDDEN = {"kv_connector": "ExampleHiddenStatesConnector"}
+
+
+@pytest.mark.parametrize(
+    "children",
+    [
+        [HIDDEN],
+        (HIDDEN,),
+        [KVTransferConfig(**HIDDEN)],
+        [
+            {
+                "kv_connector": "MultiConnector",
+                "kv_connector_extra_config": {"connectors": [{"kv_connector": "X"}, HIDDEN]},
+            }
+        ],
+    ],
+)
+def test_a_child_is_found_however_it_is_given(children):
+    config = KVTransferConfig(kv_connector="MultiConnector", kv_connector_extra_config={"connectors": children})
+    assert config.has_connector("ExampleHiddenStatesConnector")
+    assert not config.has_connector("Y")
+
+
+def test_tuples_are_copied_too():
+    inner = {"b": 1}
+    config = KVTransferConfig(kv_connector_extra_config={"a": (inner,)})
+    inner["b"] = 2
+    assert config.kv_connector_extra_config == {"a": ({"b": 1},)}
+
+
+@pytest.mark.parametrize("theirs", [None, {"kv_connector": "X"}, 5])
+def test_what_is_no_config_of_vllms_is_refused(theirs):
+    with pytest.raises(ConfigError, match="theirs: "):
+        KVTransferConfig.from_vllm(theirs)

@@ -1,6 +1,8 @@
 """``kvmp doctor``: prints what the checks find; exit code 1 when one of them says FAIL."""
 
 import argparse
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 
@@ -23,9 +25,12 @@ def main(arguments: Sequence[str]) -> int:
     if ours.model is not None:
         vllm_flags = ["--model", ours.model, *vllm_flags]
     worst = 0
-    for finding in _findings(ours.endpoint, vllm_flags):
-        print(*finding.lines(), sep="\n", flush=True)
-        worst = max(worst, finding.level is Level.FAIL)
+    try:
+        for finding in _findings(ours.endpoint, vllm_flags):
+            print(*finding.lines(), sep="\n", flush=True)
+            worst = max(worst, finding.level is Level.FAIL)
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(worst)
 
 

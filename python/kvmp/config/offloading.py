@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from .setting import refused
@@ -73,7 +74,7 @@ class OffloadingConfig:
 
 
 def _check_size(size: object) -> None:
-    number = isinstance(size, (int, float)) and not isinstance(size, bool)
+    number = isinstance(size, Real) and not isinstance(size, bool)
     if not (number and _is_above_zero(size)):
         raise refused("size_gib", size, "a finite number of GiB above zero, or None for no offloading")
 

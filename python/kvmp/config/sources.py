@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ from .near import did_you_mean, nearest
 from .setting import CONFIG_FILE, Setting
 from .spelling import meant_key, meant_variable
 
+_FILE_BYTES = 1 << 20
 # Variables that others of kvmp read.
 OTHER_VARIABLES = ("KVMP_LOG", "KVMP_REPLACE_LMCACHE")
 
@@ -84,16 +88,27 @@ def from_file(settings: Iterable[Setting], path: Given) -> dict[str, Given]:
 
 def _table(path: Given) -> dict[str, object]:
     try:
-        with open(str(path.value), "rb") as file:
-            content = tomllib.load(file)
+        content = tomllib.loads(_read(str(path.value)).decode())
     except OSError as error:
         raise ConfigError(f"{path.source}: {path.value!r} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # no TOML, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no TOML, or no UTF-8
         raise ConfigError(f"{path.source}: {path.value!r} is no TOML: {error}") from error
     table = content.get("kvmp")
     if not isinstance(table, dict):
         raise ConfigError(f"{path.source}: {path.value!r} has no table [kvmp]; put the settings under that heading")
     return table
+
+
+def _read(path: str) -> bytes:
+    """The bytes of a regular file of settings: a pipe would be waited for, a device has no end."""
+    # Without waiting for who writes into a pipe.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        if found.st_size > _FILE_BYTES:
+            raise OSError(errno.EFBIG, f"it has {found.st_size} bytes, of at most {_FILE_BYTES}")
+        return file.read(_FILE_BYTES)
 
 
 def _unknown(where: str, name: str, meant: str, known: Iterable[str]) -> ConfigError:

@@ -22,6 +22,8 @@ def meant_key(key: object, known: Collection[str]) -> str | None:
         return None
     if PREFIX + key in known:
         return PREFIX + key
+    if key.lower() + "." == PREFIX:
+        return ""  # its settings nested under it
     head, tail = _split(key)
     if head == "kvmp":
         return _key_of(tail, known, cutoff=0.5)

@@ -72,12 +72,8 @@ class KVTransferConfig:
         object.__setattr__(self, "kv_connector_extra_config", _copied(extra))
 
     def has_connector(self, name: str) -> bool:
-        """Whether this connector is used, by itself or as a child of ``MultiConnector``."""
-        if self.kv_connector != "MultiConnector":
-            return self.kv_connector == name
-        children = self.kv_connector_extra_config.get("connectors")
-        children = children if isinstance(children, list) else []
-        return any(isinstance(child, dict) and child.get("kv_connector") == name for child in children)
+        """Whether this connector is used, by itself or as a child of ``MultiConnector``, at any depth."""
+        return _uses(self.kv_connector, self.kv_connector_extra_config, name)
 
     def as_dict(self, version: str) -> dict[str, Any]:
         """The fields that a vLLM of this version must be given: those that differ from its defaults.
@@ -121,8 +117,13 @@ class KVTransferConfig:
         """Ours of an object of any supported vLLM's class, which is left as it is.
 
         Old fields at vLLM's default count as not given, so that the result serves newer versions too.
+
+        Raises:
+            ConfigError: it is no such object.
         """
         given = {each.name: getattr(theirs, each.name) for each in fields(cls) if hasattr(theirs, each.name)}
+        if not given:
+            raise refused("theirs", theirs, "a KVTransferConfig of vLLM's")
         return cls(**{name: value for name, value in given.items() if not _is_old_default(name, value)})
 
     def _for(self, known: Collection[str], version: str) -> dict[str, Any]:
@@ -131,6 +132,23 @@ class KVTransferConfig:
         if unknown := sorted(given.keys() - set(known)):
             raise ConfigError(f"{', '.join(unknown)}: set, but vLLM {version} has no such field; leave it out")
         return {name: _copied(value) for name, value in given.items()}
+
+
+def _uses(connector: object, extra: object, name: str) -> bool:
+    if connector != "MultiConnector":
+        return connector == name
+    children = extra.get("connectors") if isinstance(extra, Mapping) else None
+    return isinstance(children, (list, tuple)) and any(
+        _uses(child.get("kv_connector"), child.get("kv_connector_extra_config"), name)
+        for child in map(_fields_of, children)
+    )
+
+
+def _fields_of(child: object) -> Mapping[str, Any]:
+    """A child of ``MultiConnector``: a mapping, or one of our own objects."""
+    if isinstance(child, KVTransferConfig):
+        return {each.name: getattr(child, each.name) for each in fields(child)}
+    return child if isinstance(child, Mapping) else {}
 
 
 def _default(each: Field[Any]) -> object:
@@ -151,10 +169,10 @@ def _check(each: Field[Any], value: object) -> None:
 
 
 def _copied(value: Any) -> Any:
-    """A copy down to what is neither mapping nor list; a connector's settings may hold anything there."""
+    """A copy down to what is neither mapping, list nor tuple; a connector's settings may hold anything there."""
     if isinstance(value, Mapping):
         return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
 def release_of(version: str) -> tuple[int, int] | None:
@@ -164,7 +182,7 @@ def release_of(version: str) -> tuple[int, int] | None:
 
 
 def _checked_release(version: str) -> tuple[int, int]:
-    release = release_of(version)
+    release = release_of(version) if isinstance(version, str) else None
     if release is None:
         raise refused("version", version, "a version of vLLM, such as '0.32.0'")
     return release

@@ -6,7 +6,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from kvmp._kvmp import default_socket
+from kvmp._kvmp import default_socket, lies_in_memory
 from kvmp.memory import ARENA_DIR, MemoryBound, memory_bounds
 
 from .finding import Finding, fail, ok, warn
@@ -34,6 +34,10 @@ def shared_memory(folder: Path = Path(ARENA_DIR)) -> Finding:
     what = "shared memory"
     if not folder.is_dir():
         return fail(what, f"{folder} is missing", f"mount -t tmpfs -o size=50% tmpfs {folder}")
+    if not lies_in_memory(str(folder)):
+        return fail(
+            what, f"{folder} is no file system in memory", f"mount -t tmpfs -o size=50% tmpfs {folder} (as root)"
+        )
     if not os.access(folder, os.W_OK):
         return fail(what, f"{folder} cannot be written by uid {os.geteuid()}", f"chmod 1777 {folder} (as root)")
     there = os.statvfs(folder)
@@ -96,19 +100,26 @@ def huge_pages(setting: Path = HUGE_PAGES) -> Finding:
     return warn("huge pages", f"off for shared memory ({chosen}): each process maps the arena in 4 KiB pages", mend)
 
 
-def socket_folder(folder: Path | None = None) -> Finding:
+def socket_folder(named: Path | None = None) -> Finding:
     """Judges the folder in which servers and clients meet; the default one where none is named."""
     what = "socket folder"
-    folder = folder or Path(default_socket("kvmp")).parent
+    folder = named or Path(default_socket("kvmp")).parent
+    another = "name another one in kvmp.endpoint (and kvmp serve --socket PATH)"
     try:
-        there = folder.lstat()
+        there = folder.stat()
     except FileNotFoundError:
-        return ok(what, f"{folder} is made by the first server")
-    mend = f"rm -rf {folder}, or serve with --socket PATH and name it in kvmp.endpoint"
+        if named is None:
+            return ok(what, f"{folder} is made by the first server")
+        return warn(what, f"{folder} is not there", "a server makes it; in a container, map the server's folder to it")
+    except OSError as error:
+        return fail(what, f"{folder}: {error.strerror}", another)
     if not stat.S_ISDIR(there.st_mode):
-        return fail(what, f"{folder} is not a folder", mend)
+        return fail(what, f"{folder} is not a folder", another)
     if there.st_uid not in (os.geteuid(), 0):
+        mend = f"run as that user, or {another}"
         return fail(what, f"{folder} belongs to uid {there.st_uid}, this is uid {os.geteuid()}", mend)
+    if not os.access(folder, os.X_OK):
+        return fail(what, f"{folder} may not be entered by uid {os.geteuid()}", f"run as its owner, or {another}")
     if there.st_mode & 0o022:
         return warn(what, f"{folder} can be written by others", f"chmod go-w {folder}")
     return ok(what, f"{folder}, mode {stat.S_IMODE(there.st_mode):04o}")

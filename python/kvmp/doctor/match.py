@@ -18,8 +18,9 @@ _NOT_COMPARED = ("workers",)
 
 def check(client: Client, flags: Sequence[str]) -> Iterator[Finding]:
     """Compares the engine that ``vllm serve FLAGS`` would be with the namespaces that the server knows."""
+    ignored: list[str] = []
     try:
-        model, facts = engine(flags)
+        model, facts = engine(flags, ignored)
     except ImportError as error:
         yield fail(_WHAT, f"not compared: vLLM cannot be imported ({error})", "install vLLM into this environment")
         return
@@ -29,11 +30,13 @@ def check(client: Client, flags: Sequence[str]) -> Iterator[Finding]:
     except Exception as error:  # whatever vLLM refuses the flags for
         yield fail(_WHAT, f"vLLM does not take {' '.join(flags)}: {error}", "call it with flags that vLLM starts with")
         return
+    if ignored:
+        yield ok("flags", f"not the engine's, so not looked at: {' '.join(ignored)}")
     yield compare(model, facts, [entry["spec"] for entry in client.namespaces()])
 
 
-def engine(flags: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """The model and the facts of the engine that vLLM makes of ``flags``."""
+def engine(flags: Sequence[str], ignored: list[str]) -> tuple[str, dict[str, Any]]:
+    """The model and the facts of the engine that vLLM makes of ``flags``; those of its API server go to ``ignored``."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -43,6 +46,14 @@ def engine(flags: Sequence[str]) -> tuple[str, dict[str, Any]]:
     with redirect_stdout(io.StringIO()):
         parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
         parser.error = _refuse
+        parse_known = parser.parse_known_args
+
+        def parse(*given: Any) -> tuple[Any, list[str]]:
+            found, rest = parse_known(*given)
+            ignored.extend(rest)
+            return found, []
+
+        parser.parse_known_args = parse
         parsed = parser.parse_args(list(flags))
         config = EngineArgs.from_cli_args(parsed).create_engine_config()
     transfer = config.kv_transfer_config

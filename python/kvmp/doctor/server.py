@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmp.client import Client
+from kvmp.default_size import default_size
 from kvmp.endpoint import socket_path, start_command
 from kvmp.errors import KvmpError, NoServer, Unreachable
 
@@ -21,12 +22,21 @@ def connect(endpoint: str, socket_dir: str | None) -> Client | Finding:
     try:
         return Client.connect(endpoint, role="tool", socket_dir=socket_dir, timeout_ms=HELLO_MS)
     except NoServer as error:
-        return warn(_WHAT, f"{error}; engines run without a cache", start_command(endpoint))
+        if endpoint.startswith("unix:") and socket_path(endpoint).exists() and not socket_path(endpoint).is_socket():
+            return fail(_WHAT, f"{endpoint} is no socket", "name another path as --endpoint")
+        return warn(_WHAT, f"{error}; engines run without a cache", start_command(endpoint, _size(endpoint)))
     except Unreachable as error:
         return fail(_WHAT, str(error), "")
     except KvmpError as error:
         mend = "stop it, or give server and engine another endpoint (kvmp serve --socket PATH, kvmp.endpoint)"
         return fail(_WHAT, f"what answers at {endpoint} does not serve us: {error}", mend)
+
+
+def _size(endpoint: str) -> str:
+    try:
+        return default_size(endpoint)
+    except KvmpError:
+        return "SIZE"
 
 
 def socket_folder(endpoint: str, socket_dir: str | None) -> Path | None:

@@ -46,7 +46,9 @@ def plugin() -> Finding:
     what = "vLLM plugin"
     names = [point.name for point in importlib.metadata.entry_points(group=_PLUGIN_GROUP)]
     if _PLUGIN not in names:
-        return fail(what, "not among this environment's entry points", "pip install --force-reinstall kvmp")
+        return fail(
+            what, "not among this environment's entry points", "install kvmp's wheel into this environment again"
+        )
     if hidden := vllm_plugin.hidden_by():
         mend = (
             f"{hidden}{'' if hidden.endswith('=') else ','}{_PLUGIN}, or name the module too (as kvmp vllm serve does)"

@@ -39,7 +39,7 @@ mod _kvmp {
     #[pymodule_export]
     use super::lookup::{PendingLookup, ReadLease};
     #[pymodule_export]
-    use super::machine::{default_socket, kept_arena_bytes, memory_bounds};
+    use super::machine::{default_socket, kept_arena_bytes, lies_in_memory, memory_bounds};
     #[pymodule_export]
     use super::namespace::{Namespace, namespace_digest};
     #[pymodule_export]

@@ -16,6 +16,12 @@ pub fn kept_arena_bytes(name: &str, arena_dir: PathBuf) -> Option<u64> {
     kvmp_server::kept_arena_bytes(&arena_dir, name)
 }
 
+/// Whether this folder's file system is in memory, as that of an arena must be.
+#[pyfunction]
+pub fn lies_in_memory(dir: PathBuf) -> bool {
+    kvmp_server::lies_in_memory(&dir)
+}
+
 /// Every bound on memory taken in `arena_dir` now: (what it is, bytes it could ever give, bytes free, what makes it larger).
 #[pyfunction]
 pub fn memory_bounds(arena_dir: PathBuf) -> Vec<(String, u64, u64, String)> {

@@ -79,6 +79,10 @@ fn config_error(key: &str, why: impl std::fmt::Display) -> ServerError {
 impl ConfigSource {
     /// Reads a TOML file; unknown keys are refused by name.
     pub fn from_file(path: &Path) -> Result<Self, ServerError> {
+        // A pipe would be waited for, a device has no end.
+        if std::fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+            return Err(config_error("--config", format!("{} is no regular file", path.display())));
+        }
         let text = std::fs::read_to_string(path)
             .map_err(|e| config_error("--config", format!("{} cannot be read: {e}", path.display())))?;
         toml::from_str(&text).map_err(|e| config_error("--config", format!("{}: {e}", path.display())))

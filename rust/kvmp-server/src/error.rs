@@ -98,8 +98,8 @@ pub enum ServerError {
     Asked(String),
     /// A command that is Python's.
     #[error(
-        "this is the native binary; `kvmp {command}` comes with the Python wheel: `pip install kvmp`, and run the `kvmp` \
-         of that environment"
+        "this is the native binary; `kvmp {command}` comes with the Python wheel: run the `kvmp` of the environment that the \
+         wheel is installed in"
     )]
     InWheel {
         /// The command.

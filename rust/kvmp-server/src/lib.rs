@@ -26,6 +26,6 @@ pub use config::{ConfigSource, DEFAULT_ARENA_DIR, DEFAULT_NAME, ServerConfig, de
 pub use error::ServerError;
 pub use limits::{Bound as MemoryBound, memory_bounds};
 pub use process::WatchedProcess;
-pub use segment::kept_arena_bytes;
+pub use segment::{kept_arena_bytes, lies_in_memory};
 pub use server::{Server, ServerBuilder};
 pub use size::{Bytes, SizeError, parse_size};

@@ -8,4 +8,5 @@ mod table;
 
 pub use file::{Claim, Found, SegmentFile, boot_clock_ns, kept_arena_bytes, remove};
 pub use locks::HolderLocks;
+pub use place::lies_in_memory;
 pub use table::SegmentTable;

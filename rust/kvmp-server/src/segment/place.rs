@@ -34,15 +34,17 @@ pub fn check_folder(dir: &Path) -> Result<(), ServerError> {
     }
 }
 
+/// Whether a folder's file system is in memory.
+#[must_use]
+pub fn lies_in_memory(dir: &Path) -> bool {
+    rustix::fs::statfs(dir).is_ok_and(|stat| [TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&(stat.f_type as u64)))
+}
+
 /// Refuses a folder that is not in memory.
 pub fn check_memory_fs(dir: &Path) -> Result<(), ServerError> {
     check_folder(dir)?;
-    let stat = rustix::fs::statfs(dir).doing(|| format!("--arena-dir {}", dir.display()))?;
-    if [TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&(stat.f_type as u64)) {
-        Ok(())
-    } else {
-        Err(ServerError::NotMemory { dir: dir.to_owned() })
-    }
+    rustix::fs::statfs(dir).doing(|| format!("--arena-dir {}", dir.display()))?;
+    if lies_in_memory(dir) { Ok(()) } else { Err(ServerError::NotMemory { dir: dir.to_owned() }) }
 }
 
 /// Whether there is something under a segment's name; what is no file is refused.
