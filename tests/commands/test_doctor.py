@@ -1,6 +1,5 @@
 """`kvmp doctor`: what is fine, what is not, and the mend."""
 
-import importlib.util
 import os
 import resource
 import subprocess
@@ -206,15 +205,6 @@ def test_what_keeps_us_from_the_server_is_said_with_its_own_mend() -> None:
     assert isinstance(found, Finding)
     assert "cannot be reached" in found.says
     assert "stop it" not in found.mend
-
-
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_flags_of_the_api_server_are_told_apart() -> None:
-    ignored: list[str] = []
-    with pytest.raises(Exception, match=r"/no/such/model") as error:
-        match.engine(["--model", "/no/such/model", "--port", "8000", "--dtype", "float32"], ignored)
-    assert ignored == ["--port", "8000"]
-    assert "unrecognized" not in str(error.value)
 
 
 def test_who_reads_no_further_gets_no_traceback() -> None:
