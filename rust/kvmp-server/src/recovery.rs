@@ -1,5 +1,7 @@
 //! Rebuilds the store from an existing segment; a new one gives an empty store by the same path.
 
+use std::time::{Duration, Instant};
+
 use kvmp_core::ids::{ChunkId, SlotId};
 use kvmp_core::policy::PolicyFactory;
 use kvmp_core::segment::{ChunkWord, TableMap};
@@ -15,10 +17,22 @@ pub(crate) struct Recovery {
     /// Chunks that have no memory yet.
     pub cold: Vec<ChunkId>,
     pub report: Recovered,
+    /// From the first look at the file until the index was whole.
+    pub took: Duration,
+}
+
+/// Rebuilds the store; a start that dies on the way is counted in the header.
+pub(crate) fn recover(segment: &SegmentFile, namespaces: &mut Namespaces, policy: PolicyFactory) -> Recovery {
+    let begun = Instant::now();
+    segment.recovering();
+    let mut recovery = read_table(segment, namespaces, policy);
+    segment.recovered();
+    recovery.took = begun.elapsed();
+    recovery
 }
 
 /// Reads chunk words and records and hands them to a new store.
-pub(crate) fn recover(segment: &SegmentFile, namespaces: &mut Namespaces, policy: PolicyFactory) -> Recovery {
+fn read_table(segment: &SegmentFile, namespaces: &mut Namespaces, policy: PolicyFactory) -> Recovery {
     let table = &segment.table;
     let geometry = table.layout().geometry;
     let mut store = BlockStore::new(StoreConfig::new(geometry), SegmentTable::new(table.clone()), policy);
@@ -44,7 +58,7 @@ pub(crate) fn recover(segment: &SegmentFile, namespaces: &mut Namespaces, policy
         }
     }
     let report = store.recover_finish();
-    Recovery { store, cold, report }
+    Recovery { store, cold, report, took: Duration::ZERO }
 }
 
 /// Slots of all assigned chunks: as many blocks may be found.

@@ -176,13 +176,12 @@ fn make_plane(
     // Before recovery: whoever holds an entry now may be storing into what recovery finds Writing.
     let held_before = holders.held().doing(|| "asking for locks".into())?;
     let mut namespaces = Namespaces::new(Arc::clone(segment));
-    segment.recovering();
-    let Recovery { store, cold, report } = recover(segment, &mut namespaces, policy);
-    segment.recovered();
+    let Recovery { store, cold, report, took } = recover(segment, &mut namespaces, policy);
     if segment.found == Found::Segment {
         tracing::info!(
-            "{} recovered: {} blocks kept, {} dropped, {} held back until their writers are gone",
+            "{} recovered in {:.1} ms: {} blocks kept, {} dropped, {} held back until their writers are gone",
             segment.path().display(),
+            took.as_secs_f64() * 1e3,
             report.kept,
             report.evicted,
             report.quarantined
