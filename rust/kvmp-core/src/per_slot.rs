@@ -52,7 +52,7 @@ impl<V> PerSlot<V> {
     }
 
     /// Slots of a chunk, in order.
-    pub fn slots_in(&self, chunk: ChunkId) -> impl Iterator<Item = SlotId> + use<V> {
+    pub fn slots_in(&self, chunk: ChunkId) -> impl DoubleEndedIterator<Item = SlotId> + use<V> {
         let first = chunk.0 << self.shift;
         (0..self.slots_of(chunk)).map(move |i| SlotId(first + i))
     }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use kvmp_core::ids::{ChunkId, SlotId};
 use kvmp_core::policy::PolicyFactory;
-use kvmp_core::segment::{ChunkWord, TableMap};
+use kvmp_core::segment::{ChunkWord, Record, RecordCells, TableMap};
 use kvmp_core::slot::SlotState;
 use kvmp_core::store::{BlockStore, FoundRecord, Recovered, StoreConfig};
 
@@ -49,7 +49,7 @@ fn read_table(segment: &SegmentFile, namespaces: &mut Namespaces, policy: Policy
             Some(ChunkWord::Cold) => cold.push(chunk),
             Some(ChunkWord::Free) => store.chunk_backed(chunk),
             Some(ChunkWord::Assigned(pages) | ChunkWord::Draining(pages)) => {
-                if let Err(e) = store.recover_chunk(chunk, pages, &records(table, chunk, pages)) {
+                if let Err(e) = store.recover_chunk(chunk, pages, records(table, chunk, pages)) {
                     // Not handed out: its slots may still be written by whoever thinks otherwise.
                     tracing::warn!("{e}; the chunk is left out");
                 }
@@ -71,19 +71,17 @@ fn slots(table: &TableMap) -> u64 {
     (0..geometry.chunks).map(ChunkId).map(of).sum()
 }
 
-fn records(table: &TableMap, chunk: ChunkId, pages: u32) -> Vec<FoundRecord> {
+/// Records of a chunk that are not Free.
+fn records(table: &TableMap, chunk: ChunkId, pages: u32) -> impl Iterator<Item = FoundRecord> {
     let geometry = table.layout().geometry;
-    let slots = (0..geometry.slots_per_chunk(pages)).map(|index| geometry.slot(chunk, index));
-    slots.filter_map(|slot| found(table, slot)).collect()
+    let records = table.records(chunk, geometry.slots_per_chunk(pages));
+    (geometry.slot(chunk, 0).0..).map(SlotId).zip(records).filter_map(|(slot, record)| found(slot, &record))
 }
 
-fn found(table: &TableMap, slot: SlotId) -> Option<FoundRecord> {
-    let record = table.record(slot)?.read();
-    let free = record.word.state() == Ok(SlotState::Free);
-    (!free).then(|| FoundRecord {
-        slot,
-        word: record.word,
-        identity: record.whole.then_some(record.identity),
-        touched: record.touched,
-    })
+fn found(slot: SlotId, record: &RecordCells<'_>) -> Option<FoundRecord> {
+    if record.word().state() == Ok(SlotState::Free) {
+        return None;
+    }
+    let Record { word, identity, touched, whole } = record.read();
+    Some(FoundRecord { slot, word, identity: whole.then_some(identity), touched })
 }

@@ -159,7 +159,8 @@ impl EvictionPolicy for Lru {
     }
 
     fn insert(&mut self, slot: SlotId, now: Ticks) {
-        self.hottest(slot, now);
+        self.nodes[slot].stamp = self.stamp(now);
+        self.link_before(slot, END);
     }
 
     fn touch(&mut self, slot: SlotId, now: Ticks) {

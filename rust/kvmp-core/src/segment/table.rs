@@ -6,6 +6,7 @@ use super::header::SegmentHeader;
 use super::layout::{Layout, NAMESPACE_FRONT, NAMESPACES, NAMESPACES_USED, PARKED_OFFSET, holder_offset};
 use super::mapping::Mapping;
 use super::record::RecordCells;
+use crate::geometry::RECORD;
 use crate::ids::{ChunkId, NamespaceId, PartId, SlotId};
 use crate::slot::PartSum;
 use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
@@ -107,6 +108,12 @@ impl TableMap {
     #[must_use]
     pub fn record(&self, slot: SlotId) -> Option<RecordCells<'_>> {
         Some(RecordCells(self.map.u64s_at(self.layout.record(slot)?)))
+    }
+
+    /// The first `count` records of a chunk, by the index of their slot.
+    pub fn records(&self, chunk: ChunkId, count: u32) -> impl Iterator<Item = RecordCells<'_>> {
+        let (first, _) = self.layout.chunk_table(chunk);
+        (0..u64::from(count)).map(move |index| RecordCells(self.map.u64s_at(first + index * RECORD)))
     }
 
     /// A chunk's word; `None` when it holds nothing known.

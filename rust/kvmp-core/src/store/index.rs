@@ -70,11 +70,11 @@ impl Index {
         self.table.insert_unique(hash, slot.0, |slot| hash_of(blocks, *slot));
     }
 
-    /// Inserts a block unless another has its identity; returns whether it did.
-    pub fn insert_new(&mut self, blocks: &PerSlot<Block>, slot: SlotId) -> bool {
-        let (hash, new) = (hash_of(blocks, slot.0), &blocks[slot]);
+    /// Inserts a block with this hash unless another has its identity; returns whether it did.
+    pub fn insert_new(&mut self, blocks: &PerSlot<Block>, slot: SlotId, hash: u64) -> bool {
+        // The block is loaded only where a tag agrees: recovery inserts in the order of hashes, which is none of slots.
         let same = |other: &u32| {
-            let other = &blocks[SlotId(*other)];
+            let (new, other) = (&blocks[slot], &blocks[SlotId(*other)]);
             other.key == new.key && other.namespace == new.namespace && other.group == new.group
         };
         match self.table.entry(hash, same, |slot| hash_of(blocks, *slot)) {
@@ -90,6 +90,11 @@ impl Index {
         if let Ok(entry) = self.table.find_entry(hash_of(blocks, slot.0), |other| *other == slot.0) {
             entry.remove();
         }
+    }
+
+    /// Places for blocks, a power of two; which one a block gets is in the low bits of its hash.
+    pub fn places(&self) -> usize {
+        self.table.num_buckets()
     }
 
     pub fn len(&self) -> usize {

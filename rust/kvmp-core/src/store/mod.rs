@@ -17,6 +17,7 @@ mod index;
 mod leases;
 mod lookup;
 mod namespaces;
+mod radix;
 mod recover;
 mod reserve;
 mod stats;

@@ -4,6 +4,8 @@
 //! namespace, and has its whole chain before it. What was Writing is Quarantined until
 //! `quarantine_release`: a writer of the last server epoch may still be storing into it.
 
+use std::hint::black_box;
+
 use crate::clock::Ticks;
 use crate::ids::{ChunkId, NamespaceId, SlotId};
 use crate::namespace::GroupRule;
@@ -12,6 +14,8 @@ use crate::slot::{BlockIdentity, SlotState, SlotWord};
 use super::BlockStore;
 use super::answers::StoreError;
 use super::blocks::BlockState;
+use super::index::hash;
+use super::radix::{Keyed, group, sort};
 use super::table::{ChunkState, SlotTable};
 
 /// A record found in an assigned chunk.
@@ -38,15 +42,21 @@ pub struct Recovered {
     pub quarantined: u64,
 }
 
-/// A Ready block found, to be ordered: coldest first, and at one time the tail first.
-type Ordered = (u32, std::cmp::Reverse<u32>, SlotId);
-
 /// Blocks found by `recover_chunk`, until `recover_finish`.
 #[derive(Debug, Default)]
 pub(super) struct Recovery {
-    ready: Vec<Ordered>,
+    /// Ready blocks, by slot; the key is the time of the last use and, below it, the position from the tail.
+    ready: Vec<Keyed>,
+    /// The same, with the hash of their identity.
+    hashes: Vec<Keyed>,
+    spare: Vec<Keyed>,
     report: Recovered,
 }
+
+/// Places of an index that the processor's own cache holds.
+const CACHED_PLACES: usize = 1 << 17;
+/// Blocks whose parents are looked for at a time.
+const AHEAD: usize = 64;
 
 impl<T: SlotTable> BlockStore<T> {
     /// Makes room for `blocks` blocks at once; only saves time.
@@ -54,11 +64,17 @@ impl<T: SlotTable> BlockStore<T> {
         let blocks = usize::try_from(blocks).unwrap_or(0);
         self.index.reserve(&self.blocks.hot, blocks);
         self.recovery.ready.reserve(blocks);
+        self.recovery.hashes.reserve(blocks);
     }
 
     /// Takes over a Cold chunk that had slots of `pages` pages, with the records found in it. The
     /// namespaces must be known by now.
-    pub fn recover_chunk(&mut self, chunk: ChunkId, pages: u32, found: &[FoundRecord]) -> Result<(), StoreError> {
+    pub fn recover_chunk(
+        &mut self,
+        chunk: ChunkId,
+        pages: u32,
+        found: impl IntoIterator<Item = FoundRecord>,
+    ) -> Result<(), StoreError> {
         let geometry = self.config.geometry;
         let state = self.chunks.all.get(chunk.0 as usize).map(|entry| entry.state);
         if state != Some(ChunkState::Cold) || pages == 0 || geometry.slots_per_chunk(pages) == 0 {
@@ -67,17 +83,16 @@ impl<T: SlotTable> BlockStore<T> {
         self.chunks.cold -= 1;
         let class = self.class_of(pages);
         self.assign(chunk, class);
-        for record in found.iter().filter(|record| geometry.chunk_of(record.slot) == Some(chunk)) {
-            self.recover_record(class, record);
+        let (first, slots) = (geometry.slot(chunk, 0).0, self.blocks.hot.slots_of(chunk));
+        let own = |record: &FoundRecord| record.slot.0.checked_sub(first).is_some_and(|index| index < slots);
+        for record in found.into_iter().filter(own) {
+            self.recover_record(class, &record);
         }
         self.free_the_rest(chunk);
         Ok(())
     }
 
     fn recover_record(&mut self, class: usize, record: &FoundRecord) {
-        if !self.blocks.has(record.slot) {
-            return;
-        }
         match record.word.state() {
             Ok(SlotState::Free) => {}
             Ok(SlotState::Ready) => match self.recoverable(class, record) {
@@ -104,12 +119,11 @@ impl<T: SlotTable> BlockStore<T> {
 
     fn recover_ready(&mut self, identity: &BlockIdentity, record: &FoundRecord) {
         self.describe(record.slot, identity, record.word, BlockState::Ready);
-        if !self.index.insert_new(&self.blocks.hot, record.slot) {
-            self.blocks.reset(record.slot);
-            return self.refuse_record(record.slot);
-        }
         self.count_in(record.slot);
-        self.recovery.ready.push((record.touched, std::cmp::Reverse(identity.position), record.slot));
+        let slot = record.slot;
+        let order = u64::from(record.touched) << 32 | u64::from(!identity.position);
+        self.recovery.ready.push(Keyed { key: order, slot });
+        self.recovery.hashes.push(Keyed { key: hash(identity.namespace, identity.group, &identity.key), slot });
     }
 
     fn recover_writing(&mut self, record: &FoundRecord) {
@@ -125,7 +139,8 @@ impl<T: SlotTable> BlockStore<T> {
     /// Makes the chunk's list of Free slots and its counts.
     fn free_the_rest(&mut self, chunk: ChunkId) {
         let (mut used, mut free) = (0, SlotId::NONE);
-        for slot in self.blocks.hot.slots_in(chunk).collect::<Vec<_>>().into_iter().rev() {
+        let slots = self.blocks.hot.slots_in(chunk);
+        for slot in slots.rev() {
             if self.blocks.hot[slot].state == BlockState::Free {
                 self.blocks.links[slot].next = free;
                 free = slot;
@@ -138,56 +153,97 @@ impl<T: SlotTable> BlockStore<T> {
         (entry.used, entry.free, entry.fresh) = (used, free, slots);
     }
 
-    /// Links the chains, evicts what has none, and puts the rest in the order of its last use.
+    /// Makes the index, links the chains, evicts what has none, and puts the rest in the order of its last use.
     pub fn recover_finish(&mut self) -> Recovered {
-        let recovery = std::mem::take(&mut self.recovery);
-        let (mut kept, mut rest) = self.adopt_all(recovery.ready);
-        // Chains were mostly granted in the order of their slots. For the others: parents first, so that
-        // whoever finds its own parent adopted has its whole chain.
-        rest.sort_unstable_by_key(|(_, position, slot)| (std::cmp::Reverse(*position), *slot));
-        let (late, orphans) = self.adopt_all(rest);
-        kept.extend(late);
-        orphans.iter().for_each(|found| self.evict_orphan(found.2));
-        let mut report = recovery.report;
-        (report.kept, report.evicted) = (kept.len() as u64, report.evicted + orphans.len() as u64);
-        self.order(kept);
+        let Recovery { mut ready, mut hashes, mut spare, mut report } = std::mem::take(&mut self.recovery);
+        let gone = self.index_all(&mut hashes, &mut spare) + self.adopt_all(&ready);
+        if gone > 0 {
+            ready.retain(|found| self.blocks.hot[found.slot].state == BlockState::Ready);
+        }
+        (report.kept, report.evicted) = (ready.len() as u64, report.evicted + gone);
+        sort(&mut ready, &mut hashes);
+        self.order(&ready);
         self.counters.recovered_blocks += report.kept;
         report
     }
 
-    fn adopt_all(&mut self, found: Vec<Ordered>) -> (Vec<Ordered>, Vec<Ordered>) {
-        found.into_iter().partition(|found| self.adopt(found.2))
+    /// Puts blocks in the index. Of two blocks with one identity the second goes; returns how many went.
+    fn index_all(&mut self, hashes: &mut Vec<Keyed>, spare: &mut Vec<Keyed>) -> u64 {
+        let places = self.index.places();
+        if places > CACHED_PLACES {
+            // In about the order of their places: one at random after the other, each would be a cache miss.
+            group(hashes, spare, places.ilog2());
+        }
+        let mut twice = 0;
+        for &Keyed { key: hash, slot } in hashes.iter() {
+            if !self.index.insert_new(&self.blocks.hot, slot, hash) {
+                twice += 1;
+                self.evict_unindexed(slot);
+            }
+        }
+        twice
     }
 
-    /// Hangs a block on its parent; false if that is not there.
+    /// Hangs every block on its parent, and evicts what then hangs on no head; returns how many went.
+    fn adopt_all(&mut self, ready: &[Keyed]) -> u64 {
+        let mut loose = Vec::new();
+        for slots in ready.chunks(AHEAD) {
+            // Parents may lie anywhere: these loads wait for no other, so their cache misses overlap.
+            let parents = slots.iter().map(|found| self.blocks.hot[found.slot].parent);
+            black_box(parents.filter_map(|parent| self.blocks.hot.get(parent)).map(|parent| parent.position).max());
+            loose.extend(slots.iter().map(|found| found.slot).filter(|slot| !self.adopt(*slot)));
+        }
+        loose.into_iter().map(|root| self.evict_orphans(root)).sum()
+    }
+
+    /// Hangs a block on its parent; false if that is not there. Positions fall by one towards the head, so what hangs on
+    /// no loose block hangs, over any number of parents, on a head.
     fn adopt(&mut self, slot: SlotId) -> bool {
-        let block = &mut self.blocks.hot[slot];
-        // What is adopted is marked: a parent that is no orphan itself.
+        let block = &self.blocks.hot[slot];
         let (parent, before) = (block.parent, block.position.checked_sub(1));
         let whose = (block.namespace, block.group);
-        let whole = !parent.is_some()
+        let there = !parent.is_some()
             || self.blocks.hot.get(parent).is_some_and(|parent| {
-                parent.blocked && Some(parent.position) == before && (parent.namespace, parent.group) == whose
+                parent.state == BlockState::Ready
+                    && Some(parent.position) == before
+                    && (parent.namespace, parent.group) == whose
             });
-        self.blocks.hot[slot].blocked = whole;
-        if whole {
+        if there {
             self.blocks.attach(slot);
         }
-        whole
+        there
+    }
+
+    /// Evicts a block that hangs on nothing and all that hangs on it, deepest first; no policy knows them. Returns how many.
+    fn evict_orphans(&mut self, root: SlotId) -> u64 {
+        let (mut at, mut count) = (root, 0);
+        loop {
+            let leaf = self.blocks.first_leaf(at);
+            at = self.blocks.hot[leaf].parent;
+            count += 1;
+            if leaf == root {
+                self.evict_orphan(leaf);
+                return count;
+            }
+            self.blocks.detach(leaf);
+            self.evict_orphan(leaf);
+        }
     }
 
     fn evict_orphan(&mut self, slot: SlotId) {
-        self.blocks_by_state.ready -= 1;
         self.index.remove(&self.blocks.hot, slot);
+        self.evict_unindexed(slot);
+    }
+
+    fn evict_unindexed(&mut self, slot: SlotId) {
+        self.blocks_by_state.ready -= 1;
         self.table.evict(slot);
         self.forget(slot);
     }
 
-    fn order(&mut self, mut kept: Vec<Ordered>) {
-        kept.sort_unstable();
-        for (touched, _, slot) in kept {
-            let now = Ticks(u64::from(touched));
-            self.blocks.hot[slot].blocked = false;
+    fn order(&mut self, ready: &[Keyed]) {
+        for &Keyed { key, slot } in ready {
+            let now = Ticks(key >> 32);
             let class = self.class_at(slot);
             self.classes[class].policy.insert(slot, now);
             self.heat(slot, now);

@@ -83,7 +83,7 @@ pub fn recovered(table: HeapTable, specs: &[NamespaceSpec]) -> (BlockStore<HeapT
             ChunkState::Cold => {}
             ChunkState::Free => store.chunk_backed(chunk),
             ChunkState::Assigned { pages } | ChunkState::Draining { pages } => {
-                store.recover_chunk(chunk, pages, &records).unwrap();
+                store.recover_chunk(chunk, pages, records).unwrap();
             }
         }
     }

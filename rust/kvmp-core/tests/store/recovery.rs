@@ -1,8 +1,8 @@
 //! A new store over an old table.
 
-use kvmp_core::ids::{ChunkId, PartId};
-use kvmp_core::slot::{PartSum, SlotState};
-use kvmp_core::store::{BlockStore, HeapTable, SlotTable, StoreError};
+use kvmp_core::ids::{ChunkId, PartId, SlotId};
+use kvmp_core::slot::{BlockIdentity, PartSum, SlotState};
+use kvmp_core::store::{BlockStore, ChunkState, HeapTable, SlotTable, StoreError};
 
 use crate::fixture::*;
 
@@ -64,7 +64,7 @@ fn with_records(table: HeapTable, spoil: impl Fn(&mut kvmp_core::store::FoundRec
     found.iter_mut().for_each(spoil);
     let mut s = new_store(table);
     s.add_namespace(NS, &prefix_spec(1, 128)).unwrap();
-    s.recover_chunk(ChunkId(0), 128, &found).unwrap();
+    s.recover_chunk(ChunkId(0), 128, found).unwrap();
     s.recover_finish();
     s.validate().unwrap();
     s
@@ -99,12 +99,57 @@ fn torn_and_stray_records_are_evicted_with_what_hangs_on_them() {
     assert_eq!(misplaced.stats().blocks_ready, 3);
 }
 
+/// A table with one chunk of four slots and these Ready blocks: (slot, key, position, parent's slot).
+fn laid(blocks: &[(u32, u64, u32, Option<u32>)]) -> HeapTable {
+    let mut table = cold_store(1).into_table();
+    table.set_chunk(ChunkId(0), ChunkState::Assigned { pages: 128 });
+    for &(slot, n, position, parent) in blocks {
+        let parent = parent.map_or(SlotId::NONE, SlotId);
+        table.grant(SlotId(slot), &BlockIdentity { key: key(n), namespace: NS, group: G0, position, parent, bytes: 1 });
+        table.commit(SlotId(slot), &[]);
+    }
+    table
+}
+
+#[test]
+fn a_chain_is_kept_in_whatever_slots_it_lies() {
+    for slots in [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]] {
+        let [a, b, c, d] = slots;
+        let table = laid(&[(a, 0, 0, None), (b, 1, 1, Some(a)), (c, 2, 2, Some(b)), (d, 3, 3, Some(c))]);
+        let (mut s, report) = recovered(table, &[prefix_spec(1, 128)]);
+        assert_eq!((report.kept, report.evicted), (4, 0));
+        s.validate().unwrap();
+        // Only two: an engine may pin half of the arena, and a hit over that is answered without a pin.
+        assert_eq!(s.hit(&keys(0..2), at(1)), 32);
+    }
+}
+
+#[test]
+fn all_that_hangs_on_a_block_without_its_parent_goes() {
+    // A fork behind the loose block 1, in slots before and after it; 0 is there, but is not its parent.
+    let table = laid(&[(1, 1, 1, Some(9)), (0, 2, 2, Some(1)), (3, 12, 2, Some(1)), (2, 0, 0, None)]);
+    let (mut s, report) = recovered(table, &[prefix_spec(1, 128)]);
+    assert_eq!((report.kept, report.evicted, s.stats().slots_free), (1, 3, 3));
+    s.validate().unwrap();
+    assert_eq!(s.fill(Some(0), 1, &keys(1..3), at(1)), "GG");
+    s.validate().unwrap();
+}
+
+#[test]
+fn of_two_blocks_with_one_identity_one_stays() {
+    let table = laid(&[(0, 5, 0, None), (1, 6, 1, Some(0)), (2, 5, 0, None), (3, 7, 1, Some(2))]);
+    let (s, report) = recovered(table, &[prefix_spec(1, 128)]);
+    s.validate().unwrap();
+    // Slot 2 and what hangs on it.
+    assert_eq!((report.kept, report.evicted, s.stats().slots_free), (2, 2, 2));
+}
+
 #[test]
 fn a_chunk_is_recovered_once_and_with_a_size_that_can_be() {
     let mut s = cold_store(1);
     let error = |r: Result<(), StoreError>| r.unwrap_err().to_string();
-    assert!(error(s.recover_chunk(ChunkId(0), 0, &[])).contains("slots of 0 pages"));
-    assert!(error(s.recover_chunk(ChunkId(3), 1, &[])).starts_with("chunk 3 "));
-    s.recover_chunk(ChunkId(0), 1, &[]).unwrap();
-    assert!(s.recover_chunk(ChunkId(0), 1, &[]).is_err());
+    assert!(error(s.recover_chunk(ChunkId(0), 0, [])).contains("slots of 0 pages"));
+    assert!(error(s.recover_chunk(ChunkId(3), 1, [])).starts_with("chunk 3 "));
+    s.recover_chunk(ChunkId(0), 1, []).unwrap();
+    assert!(s.recover_chunk(ChunkId(0), 1, []).is_err());
 }
