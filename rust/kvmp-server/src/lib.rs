@@ -13,6 +13,9 @@ compile_error!("kvmp runs on Linux only: it needs tmpfs, memfd, futex and OFD lo
 pub mod cli;
 mod config;
 mod error;
+#[cfg(test)]
+#[path = "../tests/kill_anywhere/mod.rs"]
+mod kill_anywhere;
 mod limits;
 mod listen;
 mod plane;

@@ -6,14 +6,14 @@ use kvmp_core::ids::{ChunkId, SlotId};
 use kvmp_core::policy::PolicyFactory;
 use kvmp_core::segment::{ChunkWord, Record, RecordCells, TableMap};
 use kvmp_core::slot::SlotState;
-use kvmp_core::store::{BlockStore, FoundRecord, Recovered, StoreConfig};
+use kvmp_core::store::{BlockStore, FoundRecord, Recovered, SlotTable, StoreConfig};
 
 use crate::plane::Namespaces;
-use crate::segment::{SegmentFile, SegmentTable};
+use crate::segment::SegmentFile;
 
 /// What recovery leaves for the start to go on with.
-pub(crate) struct Recovery {
-    pub store: BlockStore<SegmentTable>,
+pub(crate) struct Recovery<T: SlotTable> {
+    pub store: BlockStore<T>,
     /// Chunks that have no memory yet.
     pub cold: Vec<ChunkId>,
     pub report: Recovered,
@@ -21,21 +21,30 @@ pub(crate) struct Recovery {
     pub took: Duration,
 }
 
-/// Rebuilds the store; a start that dies on the way is counted in the header.
-pub(crate) fn recover(segment: &SegmentFile, namespaces: &mut Namespaces, policy: PolicyFactory) -> Recovery {
+/// Rebuilds the store, which writes through `table`; a start that dies on the way is counted in the header.
+pub(crate) fn recover<T: SlotTable>(
+    segment: &SegmentFile,
+    namespaces: &mut Namespaces,
+    policy: PolicyFactory,
+    table: T,
+) -> Recovery<T> {
     let begun = Instant::now();
     segment.recovering();
-    let mut recovery = read_table(segment, namespaces, policy);
+    let store = BlockStore::new(StoreConfig::new(segment.table.layout().geometry), table, policy);
+    let mut recovery = read_table(segment, namespaces, store);
     segment.recovered();
     recovery.took = begun.elapsed();
     recovery
 }
 
 /// Reads chunk words and records and hands them to a new store.
-fn read_table(segment: &SegmentFile, namespaces: &mut Namespaces, policy: PolicyFactory) -> Recovery {
+fn read_table<T: SlotTable>(
+    segment: &SegmentFile,
+    namespaces: &mut Namespaces,
+    mut store: BlockStore<T>,
+) -> Recovery<T> {
     let table = &segment.table;
     let geometry = table.layout().geometry;
-    let mut store = BlockStore::new(StoreConfig::new(geometry), SegmentTable::new(table.clone()), policy);
     for (id, spec) in namespaces.recover() {
         if let Err(e) = store.add_namespace(id, &spec) {
             tracing::warn!("namespace {} is dropped: {e}", id.0);

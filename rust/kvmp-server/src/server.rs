@@ -19,7 +19,7 @@ use crate::plane::{Command, Faults, Namespaces, Plane, PlaneHandle, PlaneStart};
 use crate::process::WatchedProcess;
 use crate::recovery::{Recovery, recover};
 use crate::segment::backing::{Backing, Ended};
-use crate::segment::{Claim, Found, HolderLocks, SegmentFile};
+use crate::segment::{Claim, Found, HolderLocks, SegmentFile, SegmentTable};
 use crate::size::Bytes;
 
 /// Settings for a server to be, by name; what is not set has its default.
@@ -176,7 +176,8 @@ fn make_plane(
     // Before recovery: whoever holds an entry now may be storing into what recovery finds Writing.
     let held_before = holders.held().doing(|| "asking for locks".into())?;
     let mut namespaces = Namespaces::new(Arc::clone(segment));
-    let Recovery { store, cold, report, took } = recover(segment, &mut namespaces, policy);
+    let table = SegmentTable::new(segment.table.clone());
+    let Recovery { store, cold, report, took } = recover(segment, &mut namespaces, policy, table);
     if segment.found == Found::Segment {
         tracing::info!(
             "{} recovered in {:.1} ms: {} blocks kept, {} dropped, {} held back until their writers are gone",
