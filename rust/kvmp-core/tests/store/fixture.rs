@@ -10,7 +10,7 @@ use kvmp_core::policy;
 use kvmp_core::slot::{PartSum, SlotWord};
 use kvmp_core::store::{
     BlockStore, ChunkState, CommitReply, FoundRecord, HeapRecord, HeapTable, LookupReply, Recovered, ReserveAnswer,
-    ReserveReply, StoreConfig,
+    ReserveReply, SlotTable, StoreConfig,
 };
 
 pub const NS: NamespaceId = NamespaceId(0);
@@ -71,15 +71,28 @@ pub fn store(chunks: u64, parts: usize, pages: u64) -> BlockStore<HeapTable> {
 
 /// A new store over the table of one that is gone; `specs` by namespace number.
 pub fn recovered(table: HeapTable, specs: &[NamespaceSpec]) -> (BlockStore<HeapTable>, Recovered) {
-    let geometry = table.geometry();
-    let found: Vec<_> = (0..geometry.chunks).map(ChunkId).map(|c| (c, table.chunk(c), found_in(&table, c))).collect();
+    let found = found_everywhere(&table);
     let mut store = new_store(table);
+    let report = recover(&mut store, found, specs);
+    (store, report)
+}
+
+/// What a recovery finds: each chunk's state and records.
+pub type FoundChunks = Vec<(ChunkId, ChunkState, Vec<FoundRecord>)>;
+
+pub fn found_everywhere(table: &HeapTable) -> FoundChunks {
+    let chunks = (0..table.geometry().chunks).map(ChunkId);
+    chunks.map(|chunk| (chunk, table.chunk(chunk).unwrap(), found_in(table, chunk))).collect()
+}
+
+/// Has a new store recover what was found.
+pub fn recover<T: SlotTable>(store: &mut BlockStore<T>, found: FoundChunks, specs: &[NamespaceSpec]) -> Recovered {
     for (id, spec) in specs.iter().enumerate() {
         store.add_namespace(NamespaceId(id as u16), spec).unwrap();
     }
     store.recover_begin(found.iter().map(|(_, _, records)| records.len() as u64).sum());
     for (chunk, state, records) in found {
-        match state.unwrap() {
+        match state {
             ChunkState::Cold => {}
             ChunkState::Free => store.chunk_backed(chunk),
             ChunkState::Assigned { pages } | ChunkState::Draining { pages } => {
@@ -87,8 +100,7 @@ pub fn recovered(table: HeapTable, specs: &[NamespaceSpec]) -> (BlockStore<HeapT
             }
         }
     }
-    let report = store.recover_finish();
-    (store, report)
+    store.recover_finish()
 }
 
 /// What a recovery finds in a chunk.

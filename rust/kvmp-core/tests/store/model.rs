@@ -27,6 +27,9 @@ pub struct Block {
     pub lease: LeaseId,
     pub open: BTreeSet<u16>,
     pub stamp: u64,
+    pub position: u32,
+    /// When it was granted or a hit ended at it: what its record says.
+    pub touched: u32,
 }
 
 #[derive(Clone, Debug)]
@@ -59,6 +62,8 @@ pub struct Model {
     pub capacity: Option<usize>,
     pub warming: bool,
     pub stamps: u64,
+    /// The time now, as records have it.
+    pub now: u32,
 }
 
 type Check = Result<(), String>;
@@ -68,7 +73,7 @@ fn ensure(holds: bool, why: impl FnOnce() -> String) -> Check {
 }
 
 impl Model {
-    fn stamp(&mut self) -> u64 {
+    pub fn stamp(&mut self) -> u64 {
         self.stamps += 1;
         self.stamps
     }
@@ -139,6 +144,7 @@ impl Model {
         engine: EngineToken,
         whose: Whose,
         key: &BlockKey,
+        position: u32,
         before: &mut Option<Option<SlotId>>,
         stopped: &mut bool,
         lease: LeaseId,
@@ -164,7 +170,9 @@ impl Model {
             let open = (0..facts.parts).collect();
             let stamp = self.stamp();
             let (ready, quarantined, parent) = (false, false, previous);
-            let block = Block { whose, key: *key, word, parent, ready, quarantined, lease, open, stamp };
+            let touched = self.now;
+            let block =
+                Block { whose, key: *key, word, parent, ready, quarantined, lease, open, stamp, position, touched };
             ensure(self.blocks.insert(slot, block).is_none(), || format!("{slot:?} granted twice"))?;
             *before = Some(prefix.then_some(slot));
             return Ok(());
@@ -270,8 +278,8 @@ impl Model {
             pages += slots.len() as u64 * facts.pages;
             let from = if facts.rule == GroupRule::Prefix { slots.len() - 1 } else { 0 };
             for &slot in &slots[from..] {
-                let stamp = self.stamp();
-                self.blocks.entry(slot).and_modify(|block| block.stamp = stamp);
+                let (stamp, touched) = (self.stamp(), self.now);
+                self.blocks.entry(slot).and_modify(|block| (block.stamp, block.touched) = (stamp, touched));
                 pins.push(slot);
             }
         }
@@ -361,23 +369,5 @@ impl Model {
     /// Blocks that could be evicted one after the other.
     pub fn all_evictable(&self) -> u64 {
         self.blocks.keys().filter(|slot| !self.blocked(**slot)).count() as u64
-    }
-
-    /// Forgets what a crash forgets; returns how many slots were Writing.
-    pub fn restart(&mut self) -> u64 {
-        let whole = |slot: &SlotId| {
-            let mut at = Some(*slot);
-            while let Some(slot) = at {
-                if !self.blocks[&slot].ready {
-                    return false;
-                }
-                at = self.blocks[&slot].parent;
-            }
-            true
-        };
-        let kept: BTreeSet<SlotId> = self.blocks.keys().copied().filter(whole).collect();
-        let held = self.blocks.values().filter(|block| !block.ready).count() as u64;
-        self.blocks.retain(|slot, _| kept.contains(slot));
-        held
     }
 }

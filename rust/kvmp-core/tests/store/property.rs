@@ -8,16 +8,17 @@ use kvmp_core::ids::{BlockKey, ChunkId, EngineToken, GroupId, LeaseId, Namespace
 use kvmp_core::namespace::{GroupRule, NamespaceSpec};
 use kvmp_core::policy;
 use kvmp_core::slot::{PartSum, SlotState, SlotWord};
-use kvmp_core::store::{BlockStore, SlotTable, StoreConfig, StoreStats};
+use kvmp_core::store::{BlockStore, StoreConfig, StoreStats};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRng, TestRunner};
 
-use crate::fixture::{group, key, recovered, spec};
+use crate::crash::Crashes;
+use crate::fixture::{group, key, spec};
 use crate::logged::{Event, LoggedTable};
 use crate::model::{GroupFacts, Model};
 
 const ENGINES: u64 = 3;
-const CHUNKS: u32 = 6;
+pub const CHUNKS: u32 = 6;
 
 #[derive(Clone, Debug)]
 enum Op {
@@ -37,6 +38,8 @@ enum Op {
     Backed { chunk: u32 },
     BackingEnded,
     Drain,
+    Crash,
+    OldWritersGone,
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -61,27 +64,36 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (0u32..CHUNKS).prop_map(|chunk| Op::Backed { chunk }),
         1 => Just(Op::BackingEnded),
         1 => Just(Op::Drain),
+        1 => Just(Op::Crash),
+        1 => Just(Op::OldWritersGone),
     ]
 }
 
 /// What is wrong with the store under test.
 #[derive(Clone, Copy, PartialEq, Debug)]
-enum Fault {
+pub enum Fault {
     None,
     /// A commit of the last part but one makes the slot Ready.
     ReadyEarly,
     /// Pins are dropped as soon as they are given.
     NoPins,
+    /// Recovery waits for no writer of the store before.
+    NoQuarantine,
+    /// Recovery takes every block for the head of a chain.
+    NoChains,
+    /// Recovery does not look at the times of the last use.
+    NoTimes,
 }
 
-struct World {
-    store: BlockStore<LoggedTable>,
-    model: Model,
-    specs: Vec<NamespaceSpec>,
+pub struct World {
+    pub store: BlockStore<LoggedTable>,
+    pub model: Model,
+    pub specs: Vec<NamespaceSpec>,
     now: Ticks,
-    fault: Fault,
-    backed: u32,
+    pub fault: Fault,
+    pub backed: u32,
     one_size: bool,
+    pub seen: Seen,
 }
 
 /// Chains branch off chain 0 at their own place.
@@ -134,11 +146,12 @@ impl World {
         let cap_pages = geometry.arena_bytes() / 4096 / 2;
         let capacity = one_size.then_some(0);
         let model = Model { groups, cap_pages, capacity, warming: true, ..Model::default() };
-        Self { store, model, specs, now: Ticks(0), fault, backed: 0, one_size }
+        Self { store, model, specs, now: Ticks(0), fault, backed: 0, one_size, seen: Seen::default() }
     }
 
     fn run(&mut self, op: &Op) -> Result<(), String> {
         self.store.table().take_events();
+        self.model.now = self.now.touched();
         self.apply(op)?;
         self.store.validate()?;
         self.compare()
@@ -160,28 +173,6 @@ impl World {
             }
         }
         if left.is_empty() { Ok(()) } else { Err(format!("blocks that are nowhere: {left:?}")) }
-    }
-
-    /// A new store over the same table keeps what is Ready with its whole chain, and holds what was Writing.
-    fn restart(self) -> Result<BlockStore<kvmp_core::store::HeapTable>, String> {
-        let Self { store, mut model, specs, .. } = self;
-        let held = model.restart();
-        let (mut store, report) = recovered(store.into_table().inner, &specs);
-        store.validate()?;
-        let kept = model.blocks.len() as u64;
-        if (report.kept, report.quarantined) != (kept, held) {
-            return Err(format!("{report:?}, the model keeps {kept} and holds {held}"));
-        }
-        for (slot, block) in &model.blocks {
-            if store.table().word(*slot) != block.word {
-                return Err(format!("{slot:?} has {:?}, not {:?}", store.table().word(*slot), block.word));
-            }
-        }
-        store.quarantine_release();
-        store.validate()?;
-        let cleared = store.clear(None);
-        store.validate()?;
-        if cleared == kept { Ok(store) } else { Err(format!("{cleared} of {kept} recovered blocks could go")) }
     }
 
     fn apply(&mut self, op: &Op) -> Result<(), String> {
@@ -240,6 +231,8 @@ impl World {
                 self.store.drain_some();
                 self.replay_evictions(None)
             }
+            Op::Crash => self.crash(),
+            Op::OldWritersGone => self.old_writers_gone(),
         }
     }
 
@@ -281,8 +274,18 @@ impl World {
             Some(parent) => self.model.find(whose, &parent).map(Some),
         };
         let (mut stopped, mut events) = (false, VecDeque::from(self.store.table().take_events()));
-        for (key, answer) in keys.iter().zip(&answers) {
-            self.model.answered(engine, whose, key, &mut before, &mut stopped, lease, *answer, &mut events)?;
+        for (position, (key, answer)) in (first as u32..).zip(keys.iter().zip(&answers)) {
+            self.model.answered(
+                engine,
+                whose,
+                key,
+                position,
+                &mut before,
+                &mut stopped,
+                lease,
+                *answer,
+                &mut events,
+            )?;
         }
         if events.is_empty() && answers.len() == keys.len() { Ok(()) } else { Err(format!("left over: {events:?}")) }
     }
@@ -398,8 +401,8 @@ fn nth<V: Clone>(map: &BTreeMap<LeaseId, V>, pick: usize) -> Option<(LeaseId, V)
 }
 
 /// What all cases together came to: a property that never meets the rare is no property.
-#[derive(Default)]
-struct Seen {
+#[derive(Clone, Default, Debug)]
+pub struct Seen {
     evictions: u64,
     pending: u64,
     no_parent: u64,
@@ -408,10 +411,11 @@ struct Seen {
     aborted: u64,
     chunk_moves: u64,
     recovered: u64,
+    pub crashes: Crashes,
 }
 
 impl Seen {
-    fn add(&mut self, stats: &StoreStats) {
+    pub fn add(&mut self, stats: &StoreStats) {
         self.evictions += stats.evictions;
         self.pending += stats.pending;
         self.no_parent += stats.no_parent;
@@ -424,18 +428,24 @@ impl Seen {
 
     fn least(&self) -> u64 {
         let seen = [self.evictions, self.pending, self.no_parent, self.no_space, self.warming, self.aborted];
-        seen.into_iter().min().unwrap_or(0).min(self.recovered)
+        seen.into_iter().min().unwrap_or(0).min(self.recovered).min(self.crashes.least())
     }
 }
 
+/// Runs one case; what it met goes on from `seen`.
 fn run_case(one_size: bool, fault: Fault, backed: u32, ops: &[Op], seen: &mut Seen) -> Result<(), String> {
     let mut world = World::new(one_size, fault);
+    world.seen = seen.clone();
     (0..backed).for_each(|chunk| world.backed(chunk));
     for (step, op) in ops.iter().enumerate() {
         world.run(op).map_err(|why| format!("step {step}, {op:?}: {why}"))?;
     }
-    seen.add(&world.store.stats());
-    world.restart().map_err(|why| format!("restart: {why}")).map(|store| seen.add(&store.stats()))
+    for last in [Op::Crash, Op::OldWritersGone, Op::Clear { ns: None }] {
+        world.run(&last).map_err(|why| format!("at the end, {last:?}: {why}"))?;
+    }
+    world.seen.add(&world.store.stats());
+    *seen = world.seen;
+    Ok(())
 }
 
 fn check(one_size: bool, fault: Fault, cases: u32) -> Result<Seen, String> {
@@ -452,22 +462,39 @@ fn check(one_size: bool, fault: Fault, cases: u32) -> Result<Seen, String> {
 
 #[test]
 fn one_slot_size_follows_the_model_exactly() {
-    let seen = check(true, Fault::None, 400).unwrap();
-    assert!(seen.least() > 100, "too little was met: {}", seen.least());
+    let seen = check(true, Fault::None, 1500).unwrap();
+    println!("{seen:?}");
+    assert!(seen.least() > 100, "too little was met: {seen:?}");
 }
 
 #[test]
 fn many_slot_sizes_do_only_what_the_model_allows() {
-    let seen = check(false, Fault::None, 400).unwrap();
-    assert!(seen.least() > 100 && seen.chunk_moves > 100, "{} and {} moves", seen.least(), seen.chunk_moves);
+    let seen = check(false, Fault::None, 1500).unwrap();
+    println!("{seen:?}");
+    assert!(seen.least() > 100 && seen.chunk_moves > 100, "too little was met: {seen:?}");
 }
 
 #[test]
 fn negative_control_ready_one_part_early_is_caught() {
-    check(true, Fault::ReadyEarly, 400).err().expect("the fault went unseen");
+    check(true, Fault::ReadyEarly, 400).expect_err("the fault went unseen");
 }
 
 #[test]
 fn negative_control_dropped_pins_are_caught() {
-    check(true, Fault::NoPins, 400).err().expect("the fault went unseen");
+    check(true, Fault::NoPins, 400).expect_err("the fault went unseen");
+}
+
+#[test]
+fn negative_control_slots_that_old_writers_may_write_are_missed() {
+    check(true, Fault::NoQuarantine, 400).expect_err("the fault went unseen");
+}
+
+#[test]
+fn negative_control_blocks_recovered_without_their_chain_are_caught() {
+    check(false, Fault::NoChains, 400).expect_err("the fault went unseen");
+}
+
+#[test]
+fn negative_control_a_recovered_order_that_is_not_of_use_is_caught() {
+    check(true, Fault::NoTimes, 400).expect_err("the fault went unseen");
 }
