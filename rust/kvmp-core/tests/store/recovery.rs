@@ -1,6 +1,6 @@
 //! A new store over an old table.
 
-use kvmp_core::ids::{ChunkId, PartId, SlotId};
+use kvmp_core::ids::{ChunkId, NamespaceId, PartId, SlotId};
 use kvmp_core::slot::{BlockIdentity, PartSum, SlotState};
 use kvmp_core::store::{BlockStore, ChunkState, HeapTable, SlotTable, StoreError};
 
@@ -133,6 +133,18 @@ fn all_that_hangs_on_a_block_without_its_parent_goes() {
     s.validate().unwrap();
     assert_eq!(s.fill(Some(0), 1, &keys(1..3), at(1)), "GG");
     s.validate().unwrap();
+}
+
+#[test]
+fn a_block_of_another_namespace_is_no_parent() {
+    let mut table = laid(&[(1, 1, 1, Some(0))]);
+    let parent = SlotId::NONE;
+    let head = BlockIdentity { key: key(0), namespace: NamespaceId(1), group: G0, position: 0, parent, bytes: 1 };
+    table.grant(SlotId(0), &head);
+    table.commit(SlotId(0), &[]);
+    let (s, report) = recovered(table, &[prefix_spec(1, 128), prefix_spec(1, 128)]);
+    s.validate().unwrap();
+    assert_eq!((report.kept, report.evicted, s.slots_of(NamespaceId(1))), (1, 1, 1));
 }
 
 #[test]
