@@ -21,6 +21,7 @@ use crate::recovery::{Recovery, recover};
 use crate::segment::backing::{Backing, Ended};
 use crate::segment::{Claim, Found, HolderLocks, SegmentFile};
 use crate::size::Bytes;
+use crate::upgrade;
 
 /// Settings for a server to be, by name; what is not set has its default.
 #[derive(Clone, Debug, Default)]
@@ -217,7 +218,10 @@ impl Server {
         let geometry = Geometry::new(config.size, config.chunk)?;
         let sources = Sources::default();
         check_size(&config, &geometry, &sources)?;
-        let claim = Claim::new(&config, geometry)?;
+        let claim = match &config.upgrade {
+            Some(upgrade) => upgrade::claim(&config, geometry, upgrade)?,
+            None => Claim::new(&config, geometry)?,
+        };
         // Whatever may be refused is, before an old cache is given up for a new file.
         let doors = match open_doors(&config) {
             Ok(doors) => doors,

@@ -52,6 +52,17 @@ pub(super) struct ServeArgs {
     /// Stop, as at SIGTERM, when the process with this id ends
     #[arg(long, value_name = "PID")]
     pub until_pid: Option<u32>,
+    /// Take over from the server that runs under the name: SIGTERM to it, wait for its segment, go on with its blocks
+    #[arg(long)]
+    pub upgrade: bool,
+    /// Socket of the server to take over from, where that is not --socket's; asks for --upgrade [default: --socket's,
+    /// then the default one of --name]
+    #[arg(long, value_name = "PATH")]
+    pub upgrade_from: Option<PathBuf>,
+    /// With --upgrade: how long the other may take to let go, as in 10s or 500ms; then it is left alone, and this start
+    /// fails [default: 10s]
+    #[arg(long, value_name = "TIME")]
+    pub drain_timeout: Option<String>,
     /// TOML file with the same settings; flags go over it
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,

@@ -5,5 +5,5 @@ mod socket;
 mod tcp;
 
 pub(crate) use control::{Control, ControlStart};
-pub(crate) use socket::BoundSocket;
+pub(crate) use socket::{BoundSocket, canonical, who_listens};
 pub(crate) use tcp::Rendezvous;

@@ -1,10 +1,13 @@
 //! The unix socket: its folder, its binding under a temporary name, its end.
 
 use std::fs;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use kvmp_core::wire::peer_uid;
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::error::{Context, ServerError};
@@ -25,7 +28,7 @@ fn refuse(path: &Path, why: impl Into<String>) -> ServerError {
 }
 
 /// The folder, made with mode 0700 if it is missing; another user's folder is refused.
-fn folder(path: &Path) -> Result<PathBuf, ServerError> {
+fn folder(path: &Path) -> Result<(), ServerError> {
     let dir = match path.parent() {
         Some(dir) if !dir.as_os_str().is_empty() => dir.to_owned(),
         _ => PathBuf::from("."),
@@ -44,7 +47,7 @@ fn folder(path: &Path) -> Result<PathBuf, ServerError> {
             format!("belongs to uid {}, not to {own}; remove it or take another --socket", meta.uid()),
         ));
     }
-    Ok(dir)
+    Ok(())
 }
 
 /// What lies under the name may be replaced only if it is a socket that nobody answers any more: holding the segment of
@@ -54,14 +57,33 @@ fn check_free(path: &Path) -> Result<(), ServerError> {
     if !meta.file_type().is_socket() {
         return Err(refuse(path, "is there and is no socket; take another --socket"));
     }
-    let (Ok(address), Ok(probe)) = (SocketAddrUnix::new(path), seqpacket()) else { return Ok(()) };
-    match rustix::net::connect(&probe, &address) {
+    match dial(path) {
+        Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(()),
         // EAGAIN: somebody listens and has his hands full.
-        Ok(()) | Err(rustix::io::Errno::AGAIN) => {
-            Err(refuse(path, "another server answers there; stop it, or take another --socket (or --name)"))
-        }
-        Err(_) => Ok(()),
+        Ok(fd) => Err(refuse(path, format!("another server answers there{}; {FREE_IT}", of(&fd)))),
+        Err(Errno::AGAIN) => Err(refuse(path, format!("another server answers there; {FREE_IT}"))),
+        // A stream socket (EPROTOTYPE) or another user's: whose it is cannot be told, so it stays.
+        Err(e) => Err(refuse(path, format!("another program's socket is there ({e}); {FREE_IT}"))),
     }
+}
+
+const FREE_IT: &str = "stop it, or take another --socket (or --name)";
+
+/// Pid and uid of who listens at the other end, in brackets.
+fn of(fd: &OwnedFd) -> String {
+    peer_uid(fd).map_or_else(|_| String::new(), |(uid, pid)| format!(" (pid {pid}, uid {uid})"))
+}
+
+/// Connects without waiting.
+fn dial(path: &Path) -> rustix::io::Result<OwnedFd> {
+    let (address, fd) = (SocketAddrUnix::new(path)?, seqpacket()?);
+    rustix::net::connect(&fd, &address)?;
+    Ok(fd)
+}
+
+/// Uid and pid of the process that listens under a path. `None`: nobody does, or not now.
+pub(crate) fn who_listens(path: &Path) -> Option<(u32, i32)> {
+    peer_uid(dial(path).ok()?).ok()
 }
 
 fn seqpacket() -> rustix::io::Result<OwnedFd> {
@@ -69,15 +91,28 @@ fn seqpacket() -> rustix::io::Result<OwnedFd> {
     rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
 }
 
-impl BoundSocket {
-    /// Binds under a temporary name, then renames: a client finds either the old server's socket or this one.
-    pub fn bind(path: &Path) -> Result<Self, ServerError> {
-        let dir = folder(path)?;
-        let dir = fs::canonicalize(&dir).doing(|| format!("finding {}", dir.display()))?;
+/// A path whose folder has no other name.
+pub(crate) fn canonical(path: &Path) -> io::Result<PathBuf> {
+    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    Ok(fs::canonicalize(dir)?.join(name))
+}
+
+/// Where a socket is to be bound: its path, and the name that it has until it listens.
+struct Place {
+    path: PathBuf,
+    temporary: PathBuf,
+    address: SocketAddrUnix,
+}
+
+impl Place {
+    /// Makes the folder if it is missing; refuses what cannot be or is another's.
+    fn new(path: &Path) -> Result<Self, ServerError> {
+        folder(path)?;
         let name = path.file_name().ok_or_else(|| refuse(path, "is no file name"))?.to_string_lossy().into_owned();
-        let path = dir.join(&name);
+        let path = canonical(path).doing(|| format!("finding {}", path.display()))?;
         check_free(&path)?;
-        let temporary = dir.join(format!(".{}.{name}", std::process::id()));
+        let temporary = path.with_file_name(format!(".{}.{name}", std::process::id()));
         let address = SocketAddrUnix::new(&temporary).map_err(|_| {
             refuse(
                 &path,
@@ -87,6 +122,19 @@ impl BoundSocket {
                 ),
             )
         })?;
+        Ok(Self { path, temporary, address })
+    }
+}
+
+impl BoundSocket {
+    /// Refuses a path that `bind` would refuse now.
+    pub fn check(path: &Path) -> Result<(), ServerError> {
+        Place::new(path).map(drop)
+    }
+
+    /// Binds under a temporary name, then renames: a client finds either the old server's socket or this one.
+    pub fn bind(path: &Path) -> Result<Self, ServerError> {
+        let Place { path, temporary, address } = Place::new(path)?;
         let what = || format!("binding {}", path.display());
         let fd = seqpacket().doing(what)?;
         let _ = fs::remove_file(&temporary);
@@ -127,8 +175,13 @@ mod tests {
         assert_eq!(fs::read_to_string(&path).unwrap(), "notes");
         fs::remove_file(&path).unwrap();
         let first = BoundSocket::bind(&path).unwrap();
-        assert!(BoundSocket::bind(&path).unwrap_err().to_string().contains("another server answers"));
+        let error = BoundSocket::bind(&path).unwrap_err().to_string();
+        assert!(error.contains(&format!("another server answers there (pid {},", std::process::id())), "{error}");
         drop(first);
+        let others = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        assert!(BoundSocket::bind(&path).unwrap_err().to_string().contains("another program's socket"));
+        drop(others);
+        BoundSocket::bind(&path).unwrap();
     }
 
     #[test]
