@@ -6,5 +6,7 @@
 mod support;
 
 mod attached;
+mod load;
+mod restarts;
 mod served;
 mod upgrade;

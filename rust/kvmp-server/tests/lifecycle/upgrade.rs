@@ -1,80 +1,38 @@
 //! `kvmp serve --upgrade`: whom it stops, what it keeps, and when it leaves the old server alone.
 
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::process::Signal;
 
-use crate::attached::Attached;
+use crate::load::{Load, filled, more_rounds};
 use crate::served::{House, Served};
-use crate::support::{chain, spec, until};
-
-/// A server with 50 blocks in it.
-fn filled(house: &House, more: &[&str]) -> (Served, Attached) {
-    let old = house.start(more);
-    let engine = Attached::new(&house.endpoint(), &spec("m", &[9000]), None).unwrap();
-    until("the arena is backed", || engine.stat("backed_bytes") == 16 << 20);
-    assert_eq!(engine.store(&chain(1, 50)).unwrap(), 50);
-    (old, engine)
-}
-
-/// An engine that stores and hits all the time, and attaches again whenever it has lost its server.
-struct Load<'a> {
-    endpoint: String,
-    over: &'a AtomicBool,
-    rounds: AtomicUsize,
-    attaches: AtomicUsize,
-}
-
-impl Load<'_> {
-    fn run(&self, seed: u8) {
-        let mut engine = Attached::new(&self.endpoint, &spec("m", &[9000]), None).unwrap();
-        let (mapping, segment) = (engine.mapping(), engine.scheduler.segment_id().to_owned());
-        while !self.over.load(Ordering::Relaxed) {
-            let round = self.rounds.fetch_add(1, Ordering::Relaxed);
-            let done = engine.hit(&chain(1, 50)).and_then(|hits| {
-                assert_eq!(hits, 50, "the old blocks are hit, before and after");
-                engine.store(&chain(seed + (round % 20) as u8, 5))
-            });
-            if done.is_err() {
-                until("the loss is seen", || engine.scheduler.lost().is_some());
-                engine = engine.again(&self.endpoint);
-                self.attaches.fetch_add(1, Ordering::Relaxed);
-                assert_eq!((engine.mapping(), engine.scheduler.segment_id()), (mapping, segment.as_str()));
-            }
-        }
-    }
-}
+use crate::support::{chain, until};
 
 #[test]
 fn engines_under_load_attach_once_and_keep_blocks_and_mapping() {
     let house = House::new();
     let (mut old, engine) = filled(&house, &[]);
     let (epoch, over) = (engine.scheduler.server_epoch(), AtomicBool::new(false));
-    let load = || Load { endpoint: house.endpoint(), over: &over, rounds: 0.into(), attaches: 0.into() };
-    let loads = [load(), load()];
-    let more_rounds = |n: usize| {
-        let before = loads.each_ref().map(|load| load.rounds.load(Ordering::Relaxed));
-        until("the engines go on", || loads.iter().zip(before).all(|(l, b)| l.rounds.load(Ordering::Relaxed) >= b + n));
-    };
+    let loads = [Load::new(&house, &over), Load::new(&house, &over)];
     let _new = std::thread::scope(|scope| {
         for (seed, load) in [100, 150].into_iter().zip(&loads) {
             scope.spawn(move || load.run(seed));
         }
-        more_rounds(20);
+        more_rounds(&loads, 20);
         let new = house.start(&["--upgrade"]);
         assert_eq!(old.wait().code(), Some(0), "{}", old.log());
         for words in [&format!("asking pid {}", old.pid()), "has let go of the segment", "blocks kept"] {
             assert!(new.log().contains(words), "{words}: {}", new.log());
         }
-        until("both attach", || loads.iter().all(|load| load.attaches.load(Ordering::Relaxed) > 0));
-        more_rounds(20);
+        until("both attach", || loads.iter().all(|load| load.attaches() == 1));
+        more_rounds(&loads, 20);
         let again = engine.again(&house.endpoint());
         assert!(again.hit(&chain(1, 50)).unwrap() == 50 && again.scheduler.server_epoch() != epoch);
         over.store(true, Ordering::Relaxed);
         new
     });
-    assert_eq!(loads.map(|load| load.attaches.into_inner()), [1, 1]);
+    assert_eq!(loads.map(|load| load.attaches()), [1, 1]);
 }
 
 #[test]
