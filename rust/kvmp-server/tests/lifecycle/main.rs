@@ -9,4 +9,5 @@ mod attached;
 mod load;
 mod restarts;
 mod served;
+mod stopped;
 mod upgrade;
