@@ -193,4 +193,18 @@ mod tests {
         let located = ask(rendezvous.address, &Frame::encode(&ClientMessage::Locate).unwrap()).unwrap();
         assert_eq!(located, ServerMessage::Located(Located { socket: "/x/y.sock".into() }));
     }
+
+    #[test]
+    fn a_taken_port_is_refused_where_it_was_asked_for_and_else_done_without() {
+        let first = Rendezvous::serve("127.0.0.1:0".parse().unwrap(), Path::new("/x/y.sock")).unwrap();
+        let source = crate::ConfigSource { size: Some("4MiB".into()), ..Default::default() };
+        let config = source.resolve().unwrap();
+        let config = ServerConfig { tcp: Some(first.address), ..config };
+        assert!(Rendezvous::start(&config, Path::new("/z")).unwrap().is_none());
+        let config = ServerConfig { tcp_required: true, ..config };
+        let error = Rendezvous::start(&config, Path::new("/z")).unwrap_err().to_string();
+        assert!(error.contains("unix:/x/y.sock has that port") && error.contains("--tcp off"), "{error}");
+        assert!(Rendezvous::check(&config, Path::new("/z")).is_err());
+        Rendezvous::check(&config, Path::new("/x/y.sock")).unwrap();
+    }
 }

@@ -12,7 +12,7 @@ use crate::error::Holder;
 use crate::process::{Stat, start_time};
 
 /// A server that has just taken the lock has not written its pid yet: so long it is waited for.
-const WRITES_ITS_PID: Duration = Duration::from_millis(300);
+const WRITES_ITS_PID: Duration = Duration::from_secs(1);
 
 /// The header of a file, as far as this build can read it.
 pub fn read_header(file: &File) -> Option<SegmentHeader> {

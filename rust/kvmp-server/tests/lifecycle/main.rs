@@ -10,4 +10,5 @@ mod load;
 mod restarts;
 mod served;
 mod stopped;
+mod taken;
 mod upgrade;
