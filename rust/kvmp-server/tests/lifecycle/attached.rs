@@ -76,8 +76,11 @@ impl Attached {
         Ok(held.into_iter().filter(|held| *held).count())
     }
 
+    pub fn stats(&self) -> serde_json::Value {
+        serde_json::from_str(&self.scheduler.stats(&bound()).unwrap()).unwrap()
+    }
+
     pub fn stat(&self, name: &str) -> u64 {
-        let stats: serde_json::Value = serde_json::from_str(&self.scheduler.stats(&bound()).unwrap()).unwrap();
-        stats[name].as_u64().unwrap_or_else(|| panic!("there is no counter {name}"))
+        self.stats()[name].as_u64().unwrap_or_else(|| panic!("there is no counter {name}"))
     }
 }

@@ -8,6 +8,7 @@ mod support;
 mod attached;
 mod load;
 mod restarts;
+mod room;
 mod served;
 mod stopped;
 mod taken;
