@@ -150,6 +150,19 @@ pub enum ServerError {
         /// What is wrong with it, and the mend.
         why: String,
     },
+    /// Somebody made the segment of a running server shorter.
+    #[error(
+        "segment {}: it was made shorter from outside, to {} of {}; whoever still touches the rest is killed (SIGBUS), so the \
+         server ends; start it again, on a new segment", path.display(), Bytes(*bytes), Bytes(*of)
+    )]
+    Shortened {
+        /// Path of the file.
+        path: PathBuf,
+        /// Bytes it has.
+        bytes: u64,
+        /// Bytes it was made with.
+        of: u64,
+    },
     /// A system call failed.
     #[error("{what}: {source}")]
     Os {

@@ -19,7 +19,7 @@ use crate::plane::{Command, Faults, Namespaces, Plane, PlaneHandle, PlaneStart};
 use crate::process::WatchedProcess;
 use crate::recovery::{Recovery, recover};
 use crate::segment::backing::{Backing, Ended};
-use crate::segment::{Claim, Found, HolderLocks, SegmentFile};
+use crate::segment::{Claim, FileState, Found, HolderLocks, SegmentFile};
 use crate::size::Bytes;
 use crate::upgrade;
 
@@ -266,6 +266,7 @@ impl Server {
             plane: plane.clone(),
             allow_uids: config.allow_uids.clone(),
             stop: Arc::clone(&stop.bell),
+            fail: fail.clone(),
             faults,
             faults_bell,
         });
@@ -338,6 +339,12 @@ impl Server {
     #[must_use]
     pub fn watched(&self) -> Option<&WatchedProcess> {
         self.watched.as_ref()
+    }
+
+    /// Whether the next start under the name will find this server's segment.
+    #[must_use]
+    pub fn leaves_segment(&self) -> bool {
+        !self.config.ephemeral && self.segment.state() == FileState::AsItWas
     }
 
     /// Path of the segment file.

@@ -8,6 +8,7 @@ macro_rules! say {
     }};
 }
 mod ask;
+mod bus;
 mod serve;
 mod wheel;
 

@@ -3,6 +3,7 @@
 mod control;
 mod socket;
 mod tcp;
+mod watch;
 
 pub(crate) use control::{Control, ControlStart};
 pub(crate) use socket::{BoundSocket, canonical, who_listens};

@@ -94,7 +94,8 @@ impl Backing<'_> {
                 return Ok(false);
             }
             let step = STEP.min(offset + bytes - at);
-            retry_on_intr(|| rustix::fs::fallocate(self.file, FallocateFlags::empty(), at, step))?;
+            // The file has its length: one that was made shorter from outside must not grow again, with zeroes for blocks.
+            retry_on_intr(|| rustix::fs::fallocate(self.file, FallocateFlags::KEEP_SIZE, at, step))?;
             self.zero(at, step)?;
             at += step;
         }
@@ -169,6 +170,17 @@ mod tests {
         let ended = backing(&file, &stop, layout, sources).run((0..4).map(ChunkId), |_| unreachable!());
         assert!(matches!(ended, Ended::NoRoom(bound) if bound.what.contains("cgroup")));
         assert_eq!(file.metadata().unwrap().blocks(), 0);
+    }
+
+    #[test]
+    fn a_file_made_shorter_meanwhile_is_not_made_longer() {
+        let (file, layout) = segment();
+        let shorter = layout.chunk(ChunkId(2)).0;
+        file.set_len(shorter).unwrap();
+        let (stop, mut ready) = (AtomicBool::new(false), Vec::new());
+        let ended = backing(&file, &stop, layout, Sources::default()).run((0..4).map(ChunkId), |c| ready.push(c.0));
+        assert!(matches!(ended, Ended::Failed(_)), "{ended:?}");
+        assert_eq!((ready, file.metadata().unwrap().len()), (vec![0, 1], shorter));
     }
 
     #[test]

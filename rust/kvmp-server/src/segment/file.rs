@@ -33,6 +33,24 @@ pub enum Found {
     Replaced(String),
 }
 
+/// What somebody else may do to the file of a running server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileState {
+    /// Nothing.
+    AsItWas,
+    /// The name is gone; the inode is the server's and its clients' as long as they have it.
+    Removed,
+    /// The name means another file.
+    Replaced,
+    /// Bytes are gone that it had: an access to one of them kills.
+    Shorter {
+        /// Bytes it has.
+        bytes: u64,
+        /// Bytes it was made with.
+        of: u64,
+    },
+}
+
 /// The segment file of a running server: locked on byte 0, its table mapped.
 #[derive(Debug)]
 pub struct SegmentFile {
@@ -234,6 +252,19 @@ impl SegmentFile {
         Ok(OpenOptions::new().read(true).write(write).open(own)?.into())
     }
 
+    /// What has become of the file since it was made or found.
+    #[must_use]
+    pub fn state(&self) -> FileState {
+        let own = self.file.metadata();
+        let of = self.table.layout().file_bytes();
+        match (&own, fs::symlink_metadata(&self.path)) {
+            (Ok(own), _) if own.len() < of => FileState::Shorter { bytes: own.len(), of },
+            (Ok(own), Ok(named)) if (own.dev(), own.ino()) != (named.dev(), named.ino()) => FileState::Replaced,
+            (_, Err(e)) if e.kind() == io::ErrorKind::NotFound => FileState::Removed,
+            _ => FileState::AsItWas,
+        }
+    }
+
     /// Bytes of memory the file takes.
     #[must_use]
     pub fn resident_bytes(&self) -> u64 {
@@ -242,8 +273,7 @@ impl SegmentFile {
 
     /// Unlinks the file, if the name still means this inode.
     pub fn unlink(&self) {
-        let same = fs::symlink_metadata(&self.path).ok().zip(self.file.metadata().ok());
-        if same.is_some_and(|(a, b)| (a.dev(), a.ino()) == (b.dev(), b.ino())) {
+        if matches!(self.state(), FileState::AsItWas | FileState::Shorter { .. }) {
             let _ = fs::remove_file(&self.path);
         }
     }

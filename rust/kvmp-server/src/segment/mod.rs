@@ -7,7 +7,7 @@ mod place;
 mod server_lock;
 mod table;
 
-pub use file::{Claim, Found, SegmentFile, boot_clock_ns, kept_arena_bytes, name_taken, remove};
+pub use file::{Claim, FileState, Found, SegmentFile, boot_clock_ns, kept_arena_bytes, name_taken, remove};
 pub use locks::HolderLocks;
 pub use place::segment_path;
 pub use server_lock::{holds, named};

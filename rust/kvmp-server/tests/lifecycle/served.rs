@@ -130,8 +130,15 @@ impl Served {
 
     /// The letter that the kernel has for its state.
     pub fn state(&self) -> char {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
-        stat.rsplit_once(')').unwrap().1.trim_start().chars().next().unwrap()
+        letter(&format!("/proc/{}/stat", self.pid()))
+    }
+
+    /// As `state`, of one of its threads.
+    pub fn thread_state(&self, name: &str) -> char {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+        let mut tasks = tasks.map(|task| task.unwrap().path().display().to_string());
+        let task = tasks.find(|task| std::fs::read_to_string(format!("{task}/comm")).unwrap().trim() == name);
+        letter(&format!("{}/stat", task.unwrap()))
     }
 
     pub fn is_running(&mut self) -> bool {
@@ -156,6 +163,11 @@ impl Served {
         assert_eq!(self.wait().code(), Some(0), "{}", self.log());
         self.log()
     }
+}
+
+fn letter(stat: &str) -> char {
+    let stat = std::fs::read_to_string(stat).unwrap();
+    stat.rsplit_once(')').unwrap().1.trim_start().chars().next().unwrap()
 }
 
 impl Drop for Served {
