@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use crate::error::ServerError;
+use crate::listen::Doors;
 use crate::size::parse_size;
 use crate::span::parse_span;
 
@@ -58,6 +59,13 @@ pub struct ServerConfig {
     pub until_pid: Option<u32>,
     /// Take over from a server that runs under the name; `None`: refuse to start while one does.
     pub upgrade: Option<Upgrade>,
+}
+
+impl ServerConfig {
+    /// Whom the socket's mode lets through.
+    pub(crate) fn doors(&self) -> Doors {
+        if self.allow_uids.is_empty() { Doors::Own } else { Doors::Open }
+    }
 }
 
 /// The same settings, each of which may be missing: one source of them.

@@ -150,7 +150,7 @@ fn check_size(config: &ServerConfig, geometry: &Geometry, sources: &Sources) -> 
 
 /// The sockets; nobody is answered before the threads run.
 fn open_doors(config: &ServerConfig) -> Result<(BoundSocket, Option<Rendezvous>), ServerError> {
-    let socket = BoundSocket::bind(&config.socket)?;
+    let socket = BoundSocket::bind(&config.socket, config.doors())?;
     let rendezvous = Rendezvous::start(config, socket.path())?;
     Ok((socket, rendezvous))
 }

@@ -97,7 +97,7 @@ impl OldServer {
     /// Refuses now what would be refused once the old server is gone: then there would be none.
     fn check_room_beside(&self, config: &ServerConfig) -> Result<(), ServerError> {
         if canonical(&config.socket).ok().as_ref() != Some(&self.socket) {
-            BoundSocket::check(&config.socket)?;
+            BoundSocket::check(&config.socket, config.doors())?;
         }
         Rendezvous::check(config, &self.socket)
     }

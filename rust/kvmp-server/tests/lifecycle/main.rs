@@ -12,5 +12,6 @@ mod restarts;
 mod room;
 mod served;
 mod stopped;
+mod strangers;
 mod taken;
 mod upgrade;
