@@ -6,6 +6,7 @@
 mod support;
 
 mod attached;
+mod clock;
 mod file;
 mod load;
 mod restarts;
