@@ -1,6 +1,6 @@
 //! The session's socket: one message out, one answer in, each within a bound; and the look whether it hung up.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -76,8 +76,7 @@ impl Control {
 
     /// What a server that hung up said last, where that was a refusal.
     pub fn last_words(&self) -> Option<String> {
-        let fd = self.fd().ok()?;
-        match receive(fd) {
+        match receive_last(self.fd().ok()?) {
             Ok((ServerMessage::Refused { message, .. }, _)) => Some(message),
             _ => None,
         }
@@ -89,6 +88,15 @@ impl Control {
             // A socket that is gone already is shut.
             let _ = rustix::net::shutdown(fd, rustix::net::Shutdown::Both);
         }
+    }
+}
+
+/// The next message. A server that hung up without having read all leaves an error on the socket, which comes before the
+/// message that it sent first: it is told once, so ask twice.
+fn receive_last(fd: BorrowedFd<'_>) -> Result<(ServerMessage, Vec<OwnedFd>), SocketError> {
+    match receive(fd) {
+        Err(SocketError::HangUp) => receive(fd),
+        other => other,
     }
 }
 
@@ -128,11 +136,15 @@ pub(crate) fn greet(
     bound: &Bound<'_>,
 ) -> Result<(ServerMessage, Vec<LocalFd>), ExchangeError> {
     wait_for(socket, PollFlags::OUT, bound)?;
-    send(socket, hello, &[])?;
+    match send(socket, hello, &[]) {
+        // A server that lets nobody of this user in says so before it is asked, and hangs up.
+        Ok(()) | Err(SocketError::HangUp) => {}
+        Err(error) => return Err(error.into()),
+    }
     loop {
         wait_for(socket, PollFlags::IN, bound)?;
         let mut registry = crate::fork::registry();
-        match receive(socket) {
+        match receive_last(socket) {
             Err(SocketError::TimedOut) => {}
             Err(error) => return Err(error.into()),
             Ok((answer, fds)) => {

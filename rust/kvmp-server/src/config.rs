@@ -2,11 +2,14 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 
 use crate::error::ServerError;
+use crate::listen::Doors;
 use crate::size::parse_size;
+use crate::span::parse_span;
 
 /// Name of a server, and with it of its segment file and socket.
 pub const DEFAULT_NAME: &str = "kvmp";
@@ -14,6 +17,18 @@ pub const DEFAULT_NAME: &str = "kvmp";
 pub const DEFAULT_ARENA_DIR: &str = "/dev/shm";
 /// Rendezvous address for clients that are given a host and a port.
 pub const DEFAULT_TCP: &str = "127.0.0.1:5555";
+
+/// How long a server that is taken over from may take to let go of its segment.
+const DEFAULT_DRAIN: Duration = Duration::from_secs(10);
+
+/// How to take over from a running server.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Upgrade {
+    /// Its socket, where that is not the new server's.
+    pub from: Option<PathBuf>,
+    /// How long it may take to let go of the segment.
+    pub drain_timeout: Duration,
+}
 
 /// Settings of one server.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -42,6 +57,15 @@ pub struct ServerConfig {
     pub allow_uids: Vec<u32>,
     /// Process whose end ends `kvmp serve`.
     pub until_pid: Option<u32>,
+    /// Take over from a server that runs under the name; `None`: refuse to start while one does.
+    pub upgrade: Option<Upgrade>,
+}
+
+impl ServerConfig {
+    /// Whom the socket's mode lets through.
+    pub(crate) fn doors(&self) -> Doors {
+        if self.allow_uids.is_empty() { Doors::Own } else { Doors::Open }
+    }
 }
 
 /// The same settings, each of which may be missing: one source of them.
@@ -70,6 +94,12 @@ pub struct ConfigSource {
     pub allow_uid: Option<Vec<u32>>,
     /// As `--until-pid`.
     pub until_pid: Option<u32>,
+    /// As `--upgrade`.
+    pub upgrade: Option<bool>,
+    /// As `--upgrade-from`.
+    pub upgrade_from: Option<PathBuf>,
+    /// As `--drain-timeout`.
+    pub drain_timeout: Option<String>,
 }
 
 fn config_error(key: &str, why: impl std::fmt::Display) -> ServerError {
@@ -103,11 +133,15 @@ impl ConfigSource {
             fresh: self.fresh.or(below.fresh),
             allow_uid: self.allow_uid.or(below.allow_uid),
             until_pid: self.until_pid.or(below.until_pid),
+            upgrade: self.upgrade.or(below.upgrade),
+            upgrade_from: self.upgrade_from.or(below.upgrade_from),
+            drain_timeout: self.drain_timeout.or(below.drain_timeout),
         }
     }
 
     /// Checks everything and fills in the defaults.
     pub fn resolve(self) -> Result<ServerConfig, ServerError> {
+        let upgrade = self.upgrade()?;
         let size = self
             .size
             .ok_or_else(|| config_error("--size", "is missing; say how much memory to use, as in --size 4GiB"))?;
@@ -133,7 +167,16 @@ impl ConfigSource {
             fresh: self.fresh.unwrap_or(false),
             allow_uids: self.allow_uid.unwrap_or_default(),
             until_pid: self.until_pid,
+            upgrade,
         })
+    }
+
+    /// Naming a socket to take over from asks for it.
+    fn upgrade(&self) -> Result<Option<Upgrade>, ServerError> {
+        let given = self.drain_timeout.as_deref().map(parse_span).transpose();
+        let drain_timeout = given.map_err(|e| config_error("--drain-timeout", e))?.unwrap_or(DEFAULT_DRAIN);
+        let wanted = self.upgrade.unwrap_or(false) || self.upgrade_from.is_some();
+        Ok(wanted.then(|| Upgrade { from: self.upgrade_from.clone(), drain_timeout }))
     }
 }
 
@@ -195,6 +238,16 @@ mod tests {
     }
 
     #[test]
+    fn taking_over_is_asked_for() {
+        let upgrade = |text: &str| source(text).resolve().unwrap().upgrade;
+        assert_eq!(upgrade("size = '1G'\ndrain-timeout = '3s'"), None);
+        let given = upgrade("size = '1G'\nupgrade = true\ndrain-timeout = '3s'").unwrap();
+        assert_eq!((given.from, given.drain_timeout), (None, Duration::from_secs(3)));
+        let given = upgrade("size = '1G'\nupgrade-from = '/x'").unwrap();
+        assert_eq!((given.from, given.drain_timeout), (Some("/x".into()), DEFAULT_DRAIN));
+    }
+
+    #[test]
     fn bad_values_name_their_key() {
         for (text, key) in [
             ("", "--size"),
@@ -205,6 +258,7 @@ mod tests {
             ("size = '1G'\ntcp = '8.8.8.8:1'", "--tcp"),
             ("size = '1G'\ntcp = 'here'", "--tcp"),
             ("size = '1G'\npolicy = 'lur'", "--policy"),
+            ("size = '1G'\ndrain-timeout = 'soon'", "--drain-timeout"),
         ] {
             let error = source(text).resolve().unwrap_err().to_string();
             assert!(error.contains(key), "{text}: {error}");

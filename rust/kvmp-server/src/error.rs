@@ -6,6 +6,31 @@ use kvmp_core::geometry::GeometryError;
 
 use crate::size::Bytes;
 
+/// The server that has a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Holder {
+    /// Its process.
+    pub pid: u32,
+    /// Stopped by a signal (SIGSTOP, Ctrl-Z): it does nothing, and what it has stays its own.
+    pub stopped: bool,
+}
+
+fn who(holder: Option<&Holder>) -> String {
+    match holder {
+        Some(Holder { pid, stopped: false }) => format!("pid {pid}"),
+        Some(Holder { pid, stopped: true }) => format!("pid {pid}, which a signal has stopped"),
+        None => "whose pid cannot be told from here".into(),
+    }
+}
+
+fn mend(holder: Option<&Holder>) -> String {
+    match holder {
+        Some(Holder { pid, stopped: false }) => format!("stop it with `kill {pid}`"),
+        Some(Holder { pid, stopped: true }) => format!("let it go on with `kill -CONT {pid}`"),
+        None => "stop it where it runs (another container?)".into(),
+    }
+}
+
 /// Everything that keeps a server from running.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
@@ -69,13 +94,25 @@ pub enum ServerError {
     },
     /// Another server has the name.
     #[error(
-        "a kvmp server (pid {pid}) already runs under the name '{name}'; stop it with `kill {pid}`, or take another --name"
+        "a kvmp server ({}) already runs under the name '{name}'; {}, take over from it with --upgrade, or take another \
+         --name", who(holder.as_ref()), mend(holder.as_ref())
     )]
     NameTaken {
         /// The name.
         name: String,
-        /// Who has it.
-        pid: u64,
+        /// Who has it, as far as that can be told.
+        holder: Option<Holder>,
+    },
+    /// A running server was to be taken over from, and that did not work out.
+    #[error("--upgrade: {0}")]
+    Upgrade(String),
+    /// A segment is to be removed that a server has.
+    #[error("segment {}: a kvmp server ({}) has it; {} first", path.display(), who(holder.as_ref()), mend(holder.as_ref()))]
+    SegmentInUse {
+        /// Path of the file.
+        path: PathBuf,
+        /// Who has it, as far as that can be told.
+        holder: Option<Holder>,
     },
     /// The TCP port that was asked for is taken.
     #[error("--tcp {address}: {why}; take another port, or `--tcp off`")]
@@ -112,6 +149,19 @@ pub enum ServerError {
         path: PathBuf,
         /// What is wrong with it, and the mend.
         why: String,
+    },
+    /// Somebody made the segment of a running server shorter.
+    #[error(
+        "segment {}: it was made shorter from outside, to {} of {}; whoever still touches the rest is killed (SIGBUS), so the \
+         server ends; start it again, on a new segment", path.display(), Bytes(*bytes), Bytes(*of)
+    )]
+    Shortened {
+        /// Path of the file.
+        path: PathBuf,
+        /// Bytes it has.
+        bytes: u64,
+        /// Bytes it was made with.
+        of: u64,
     },
     /// A system call failed.
     #[error("{what}: {source}")]

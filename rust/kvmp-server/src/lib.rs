@@ -24,9 +24,11 @@ mod recovery;
 mod segment;
 mod server;
 mod size;
+mod span;
+mod upgrade;
 
-pub use config::{ConfigSource, DEFAULT_ARENA_DIR, DEFAULT_NAME, ServerConfig, default_socket};
-pub use error::ServerError;
+pub use config::{ConfigSource, DEFAULT_ARENA_DIR, DEFAULT_NAME, ServerConfig, Upgrade, default_socket};
+pub use error::{Holder, ServerError};
 pub use limits::{Bound as MemoryBound, memory_bounds};
 pub use process::WatchedProcess;
 pub use segment::{kept_arena_bytes, lies_in_memory};

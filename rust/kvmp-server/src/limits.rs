@@ -16,6 +16,8 @@ pub struct Bound {
     pub free: u64,
     /// What makes it larger.
     pub mend: String,
+    /// Whether the server's own memory (its index of the blocks) comes out of it too.
+    pub is_for_all: bool,
 }
 
 /// Where the kernel's files lie; a test lays its own.
@@ -67,6 +69,7 @@ fn file_system(dir: &Path) -> Option<Bound> {
         total: f_blocks * f_frsize,
         free: f_bavail * f_frsize,
         mend: format!("mount -o remount,size=SIZE {}", dir.display()),
+        is_for_all: false,
     })
 }
 
@@ -82,6 +85,7 @@ fn machine(sources: &Sources) -> Option<Bound> {
         total: meminfo(&text, "MemTotal")?,
         free: meminfo(&text, "MemAvailable")?,
         mend: "take a machine with more memory".into(),
+        is_for_all: true,
     })
 }
 
@@ -121,6 +125,7 @@ fn level(dir: &Path, limit: &str, usage: &str) -> Option<Bound> {
         total,
         free: total.saturating_sub(read(usage).unwrap_or(0).saturating_sub(reclaimable(dir))),
         mend: format!("raise {}", dir.join(limit).display()),
+        is_for_all: true,
     })
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 
 use crate::error::{Context, ServerError};
 
@@ -54,6 +54,24 @@ impl WatchedProcess {
         self.pid
     }
 
+    /// Whether a signal has stopped it.
+    pub(crate) fn is_stopped(&self) -> bool {
+        Stat::of(self.pid).is_some_and(|stat| stat.is_stopped())
+    }
+
+    /// Asks it to end. One that has ended needs no asking.
+    pub(crate) fn terminate(&self) -> std::io::Result<()> {
+        let sent = match &self.by {
+            By::PidFd(fd) => pidfd_send_signal(fd, Signal::TERM),
+            By::StartTime(_) if self.ends_within(Duration::ZERO) => return Ok(()),
+            By::StartTime(_) => checked(self.pid).map_or(Ok(()), |pid| kill_process(pid, Signal::TERM)),
+        };
+        match sent {
+            Ok(()) | Err(Errno::SRCH) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+
     /// Whether it has ended; waits for that, at most `limit` and no longer than until a signal comes.
     #[must_use]
     pub fn ends_within(&self, limit: Duration) -> bool {
@@ -95,14 +113,15 @@ fn is_readable(fd: &OwnedFd, limit: Duration) -> bool {
 
 /// What `/proc/PID/stat` says of a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Stat {
+pub struct Stat {
     state: String,
     threads: u64,
     start_time: u64,
 }
 
 impl Stat {
-    fn of(pid: u32) -> Option<Self> {
+    /// Of a process, if there is one.
+    pub fn of(pid: u32) -> Option<Self> {
         Self::parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
     }
 
@@ -111,6 +130,11 @@ impl Stat {
         let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
         let number = |index: usize| fields.get(index)?.parse().ok();
         Some(Self { state: (*fields.first()?).to_owned(), threads: number(17)?, start_time: number(19)? })
+    }
+
+    /// Whether a signal has stopped it, until SIGCONT.
+    pub fn is_stopped(&self) -> bool {
+        self.state == "T"
     }
 
     /// A main thread that has ended before the others is a zombie of a process that still runs.

@@ -19,8 +19,9 @@ use crate::plane::{Command, Faults, Namespaces, Plane, PlaneHandle, PlaneStart};
 use crate::process::WatchedProcess;
 use crate::recovery::{Recovery, recover};
 use crate::segment::backing::{Backing, Ended};
-use crate::segment::{Claim, Found, HolderLocks, SegmentFile, SegmentTable};
+use crate::segment::{Claim, FileState, Found, HolderLocks, SegmentFile, SegmentTable};
 use crate::size::Bytes;
+use crate::upgrade;
 
 /// Settings for a server to be, by name; what is not set has its default.
 #[derive(Clone, Debug, Default)]
@@ -149,7 +150,7 @@ fn check_size(config: &ServerConfig, geometry: &Geometry, sources: &Sources) -> 
 
 /// The sockets; nobody is answered before the threads run.
 fn open_doors(config: &ServerConfig) -> Result<(BoundSocket, Option<Rendezvous>), ServerError> {
-    let socket = BoundSocket::bind(&config.socket)?;
+    let socket = BoundSocket::bind(&config.socket, config.doors())?;
     let rendezvous = Rendezvous::start(config, socket.path())?;
     Ok((socket, rendezvous))
 }
@@ -217,7 +218,10 @@ impl Server {
         let geometry = Geometry::new(config.size, config.chunk)?;
         let sources = Sources::default();
         check_size(&config, &geometry, &sources)?;
-        let claim = Claim::new(&config, geometry)?;
+        let claim = match &config.upgrade {
+            Some(upgrade) => upgrade::claim(&config, geometry, upgrade)?,
+            None => Claim::new(&config, geometry)?,
+        };
         // Whatever may be refused is, before an old cache is given up for a new file.
         let doors = match open_doors(&config) {
             Ok(doors) => doors,
@@ -262,6 +266,7 @@ impl Server {
             plane: plane.clone(),
             allow_uids: config.allow_uids.clone(),
             stop: Arc::clone(&stop.bell),
+            fail: fail.clone(),
             faults,
             faults_bell,
         });
@@ -334,6 +339,12 @@ impl Server {
     #[must_use]
     pub fn watched(&self) -> Option<&WatchedProcess> {
         self.watched.as_ref()
+    }
+
+    /// Whether the next start under the name will find this server's segment.
+    #[must_use]
+    pub fn leaves_segment(&self) -> bool {
+        !self.config.ephemeral && self.segment.state() == FileState::AsItWas
     }
 
     /// Path of the segment file.

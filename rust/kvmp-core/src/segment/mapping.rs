@@ -5,6 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use memmap2::{MmapOptions, MmapRaw};
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 
 use crate::sync::{AtomicU32, AtomicU64};
 
@@ -52,6 +53,16 @@ impl Mapping {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Puts private pages of zeroes in the file's place, for all clones: from then on nothing reaches the file, and no
+    /// access faults because the file was made shorter.
+    pub fn sever(&self) -> io::Result<()> {
+        let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+        // SAFETY: the range is this mapping's and no other's, stays mapped under it until it is dropped, and its bytes may
+        // change at any time, as they always may.
+        unsafe { mmap_anonymous(self.as_ptr().cast(), self.len(), ProtFlags::READ | ProtFlags::WRITE, flags) }?;
+        Ok(())
     }
 
     fn place(&self, offset: u64, len: usize, align: usize) -> *mut u8 {
@@ -103,5 +114,27 @@ impl Mapping {
         let into = self.place(offset, from.len(), 1);
         // SAFETY: as in `read`, the other way round; a read-only mapping faults, which its maker rules out.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), into, from.len()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sync::Ordering;
+
+    #[test]
+    fn a_severed_mapping_outlives_its_file() {
+        let file = tempfile::tempfile_in("/dev/shm").unwrap();
+        file.set_len(8192).unwrap();
+        let map = Mapping::new(&file, 0, 8192, Access::ReadWrite).unwrap();
+        let clone = map.clone();
+        clone.u64_at(4096).store(7, Ordering::Relaxed);
+        map.sever().unwrap();
+        file.set_len(0).unwrap();
+        // Without the severing, this is a SIGBUS.
+        assert_eq!(clone.u64_at(4096).load(Ordering::Relaxed), 0);
+        clone.u64_at(0).store(1, Ordering::Relaxed);
+        assert_eq!(map.u64_at(0).load(Ordering::Relaxed), 1);
+        assert_eq!(file.metadata().unwrap().len(), 0);
     }
 }

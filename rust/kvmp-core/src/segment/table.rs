@@ -84,6 +84,11 @@ impl TableMap {
         &self.layout
     }
 
+    /// Lets go of the file (server only): what is read from here on is zeroes.
+    pub fn sever(&self) -> std::io::Result<()> {
+        self.map.sever()
+    }
+
     /// The header as it is now.
     #[must_use]
     pub fn header(&self) -> Option<SegmentHeader> {

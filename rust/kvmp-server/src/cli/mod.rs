@@ -8,6 +8,7 @@ macro_rules! say {
     }};
 }
 mod ask;
+mod bus;
 mod serve;
 mod wheel;
 
@@ -105,6 +106,9 @@ impl From<serve::ServeArgs> for ConfigSource {
             fresh: args.fresh.then_some(true),
             allow_uid: (!args.allow_uid.is_empty()).then_some(args.allow_uid),
             until_pid: args.until_pid,
+            upgrade: args.upgrade.then_some(true),
+            upgrade_from: args.upgrade_from,
+            drain_timeout: args.drain_timeout,
         }
     }
 }

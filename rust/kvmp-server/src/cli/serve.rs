@@ -9,6 +9,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use tracing::level_filters::LevelFilter;
 
+use super::bus;
 use crate::config::ConfigSource;
 use crate::error::{Context, ServerError};
 use crate::server::Server;
@@ -52,6 +53,17 @@ pub(super) struct ServeArgs {
     /// Stop, as at SIGTERM, when the process with this id ends
     #[arg(long, value_name = "PID")]
     pub until_pid: Option<u32>,
+    /// Take over from the server that runs under the name: SIGTERM to it, wait for its segment, go on with its blocks
+    #[arg(long)]
+    pub upgrade: bool,
+    /// Socket of the server to take over from, where that is not --socket's; asks for --upgrade [default: --socket's,
+    /// then the default one of --name]
+    #[arg(long, value_name = "PATH")]
+    pub upgrade_from: Option<PathBuf>,
+    /// With --upgrade: how long the other may take to let go, as in 10s or 500ms; then it is left alone, and this start
+    /// fails [default: 10s]
+    #[arg(long, value_name = "TIME")]
+    pub drain_timeout: Option<String>,
     /// TOML file with the same settings; flags go over it
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -64,6 +76,7 @@ pub(super) fn run(args: ServeArgs) -> Result<(), ServerError> {
     // Before the first client: a signal must never find the default action between start and wait.
     let mut signals = Signals::new([SIGTERM, SIGINT]).doing(|| "handling signals".into())?;
     raise_file_limit();
+    bus::explain()?;
     let server = Server::start(config)?;
     say_ready(&server);
     let outcome = wait(&server, &mut signals);
@@ -136,10 +149,12 @@ fn watched_process_ended(server: &Server) -> Option<u32> {
 
 fn finish(server: Server) {
     let (name, path) = (server.config().name.clone(), server.segment_path().to_owned());
-    let (ephemeral, bytes) = (server.config().ephemeral, server.resident_bytes());
+    let (ephemeral, leaves, bytes) = (server.config().ephemeral, server.leaves_segment(), server.resident_bytes());
     server.stop();
     if ephemeral {
         tracing::info!("stopped; the segment is removed");
+    } else if !leaves {
+        tracing::info!("stopped; nothing is left for the next start");
     } else {
         let dir = path.parent().map(|dir| dir.display().to_string()).unwrap_or_default();
         let flag = if dir == crate::config::DEFAULT_ARENA_DIR { String::new() } else { format!(" --arena-dir {dir}") };

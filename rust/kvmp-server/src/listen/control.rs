@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
 
 use kvmp_core::ids::EngineToken;
@@ -21,6 +21,8 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::net::SocketFlags;
 
 use super::socket::BoundSocket;
+use super::watch::{FileWatch, LOOK};
+use crate::error::ServerError;
 use crate::plane::{Attach, Command, PlaneHandle, Refused, SessionId, refused};
 use crate::segment::{HolderLocks, SegmentFile};
 
@@ -38,6 +40,8 @@ pub(crate) struct ControlStart {
     pub allow_uids: Vec<u32>,
     /// Readable when the thread should stop.
     pub stop: Arc<OwnedFd>,
+    /// Told what the server cannot go on after.
+    pub fail: Sender<ServerError>,
     /// Sessions that the data plane ended, and why; the descriptor is readable when there are any.
     pub faults: Receiver<(SessionId, String)>,
     pub faults_bell: Arc<OwnedFd>,
@@ -64,6 +68,7 @@ pub(crate) struct Control {
     next: u64,
     /// Set after an accept that failed: not before then.
     accept_again: Option<Instant>,
+    file: FileWatch,
 }
 
 /// Descriptors and mapping of a new session.
@@ -84,7 +89,8 @@ fn make_ring() -> io::Result<(OwnedFd, Ring)> {
 
 impl Control {
     pub fn new(start: ControlStart) -> Self {
-        Self { start, connections: HashMap::new(), next: 1, accept_again: None }
+        let file = FileWatch::new(Arc::clone(&start.segment));
+        Self { start, connections: HashMap::new(), next: 1, accept_again: None, file }
     }
 
     /// Serves until told to stop.
@@ -98,6 +104,12 @@ impl Control {
                 }
             }
             self.drop_silent();
+            if let Some(error) = self.file.look() {
+                // Its clients see a hang-up before anything else.
+                self.connections.clear();
+                let _ = self.start.fail.send(error);
+                return;
+            }
         }
     }
 
@@ -114,7 +126,7 @@ impl Control {
             events.push(Event::Listener);
             fds.push(PollFd::new(&self.start.socket.fd, PollFlags::IN));
         }
-        match poll(&mut fds, self.timeout().as_ref()) {
+        match poll(&mut fds, Some(&self.timeout())) {
             Err(rustix::io::Errno::INTR) => return Some(Vec::new()),
             Err(e) => {
                 tracing::error!("poll failed: {e}; the server stops");
@@ -129,10 +141,11 @@ impl Control {
         Some(fds[1..].iter().zip(events).filter(|(fd, _)| ready(fd)).map(|(_, event)| event).collect())
     }
 
-    /// Only something that is over by itself needs a look without an event.
-    fn timeout(&self) -> Option<Timespec> {
+    /// Without an event, something that is over by itself needs a look, and so does the file.
+    fn timeout(&self) -> Timespec {
         let waiting = self.accept_again.is_some() || self.connections.values().any(|c| c.session.is_none());
-        waiting.then_some(Timespec { tv_sec: 0, tv_nsec: ACCEPT_PAUSE.as_nanos() as i64 })
+        let pause = if waiting { ACCEPT_PAUSE } else { LOOK };
+        Timespec { tv_sec: 0, tv_nsec: pause.as_nanos() as i64 }
     }
 
     fn accept_all(&mut self) {

@@ -3,7 +3,8 @@
 mod control;
 mod socket;
 mod tcp;
+mod watch;
 
 pub(crate) use control::{Control, ControlStart};
-pub(crate) use socket::BoundSocket;
+pub(crate) use socket::{BoundSocket, Doors, canonical, who_listens};
 pub(crate) use tcp::Rendezvous;

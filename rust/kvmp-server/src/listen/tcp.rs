@@ -2,12 +2,13 @@
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use kvmp_core::wire::{ClientMessage, FRAME_BYTES, Frame, FrameError, Located, Refusal, ServerMessage};
+use serde::Deserialize;
 
 use crate::config::ServerConfig;
 use crate::error::ServerError;
@@ -33,11 +34,21 @@ impl Rendezvous {
         let Some(address) = config.tcp else { return Ok(None) };
         match Self::serve(address, socket) {
             Ok(this) => Ok(Some(this)),
-            Err(e) if config.tcp_required => Err(ServerError::Tcp { address: address.to_string(), why: e.to_string() }),
+            Err(e) if config.tcp_required => Err(taken(address, &e)),
             Err(e) => {
-                tracing::warn!("tcp {address}: {e}; serving on the unix socket only (name another port with --tcp)");
+                let why = why_taken(address, &e);
+                tracing::warn!("tcp {address}: {why}; serving on the unix socket only (name another port with --tcp)");
                 Ok(None)
             }
+        }
+    }
+
+    /// Refuses a port that `start` would refuse, unless the server at `socket`, which is going to leave it, has it.
+    pub fn check(config: &ServerConfig, socket: &Path) -> Result<(), ServerError> {
+        let Some(address) = config.tcp.filter(|_| config.tcp_required) else { return Ok(()) };
+        match TcpListener::bind(address) {
+            Err(e) if located(address).as_deref() != Some(socket) => Err(taken(address, &e)),
+            _ => Ok(()),
         }
     }
 
@@ -61,6 +72,29 @@ impl Rendezvous {
             }
         })?;
         Ok(Self { address, stop, thread: Some(thread) })
+    }
+}
+
+fn taken(address: SocketAddr, error: &io::Error) -> ServerError {
+    ServerError::Tcp { address: address.to_string(), why: why_taken(address, error) }
+}
+
+/// Why a port cannot be had, and by whom it is taken where that is another of ours.
+fn why_taken(address: SocketAddr, error: &io::Error) -> String {
+    match located(address).filter(|_| error.kind() == io::ErrorKind::AddrInUse) {
+        Some(socket) => format!("the kvmp server at unix:{} has that port", socket.display()),
+        None => error.to_string(),
+    }
+}
+
+/// What a server at an address says of its socket, if one answers there.
+fn located(address: SocketAddr) -> Option<PathBuf> {
+    let mut stream = TcpStream::connect_timeout(&address, PATIENCE).ok()?;
+    stream.set_write_timeout(Some(PATIENCE)).ok()?;
+    stream.write_all(&Frame::encode(&ClientMessage::Locate).ok()?).ok()?;
+    match one_message(&mut stream).ok()?.ok()? {
+        ServerMessage::Located(located) => Some(located.socket.into()),
+        _ => None,
     }
 }
 
@@ -96,7 +130,7 @@ fn wait_readable(listener: &TcpListener) -> bool {
 
 fn answer(mut stream: TcpStream, located: &ServerMessage) -> io::Result<()> {
     stream.set_write_timeout(Some(PATIENCE))?;
-    let reply = match question(&mut stream)? {
+    let reply = match one_message(&mut stream)? {
         Ok(ClientMessage::Locate) => located.clone(),
         Ok(_) => refused(Refusal::Protocol, "over TCP only the socket's path is told; use the unix socket"),
         Err(e @ FrameError::Version { .. }) => refused(Refusal::Version, &e.to_string()),
@@ -125,7 +159,7 @@ fn read_until(stream: &mut TcpStream, mut into: &mut [u8], until: Instant) -> io
     Ok(())
 }
 
-fn question(stream: &mut TcpStream) -> io::Result<Result<ClientMessage, FrameError>> {
+fn one_message<M: for<'de> Deserialize<'de>>(stream: &mut TcpStream) -> io::Result<Result<M, FrameError>> {
     let until = Instant::now() + PATIENCE;
     let mut bytes = vec![0; FRAME_BYTES];
     read_until(stream, &mut bytes, until)?;
@@ -158,5 +192,19 @@ mod tests {
         drop(hung_up);
         let located = ask(rendezvous.address, &Frame::encode(&ClientMessage::Locate).unwrap()).unwrap();
         assert_eq!(located, ServerMessage::Located(Located { socket: "/x/y.sock".into() }));
+    }
+
+    #[test]
+    fn a_taken_port_is_refused_where_it_was_asked_for_and_else_done_without() {
+        let first = Rendezvous::serve("127.0.0.1:0".parse().unwrap(), Path::new("/x/y.sock")).unwrap();
+        let source = crate::ConfigSource { size: Some("4MiB".into()), ..Default::default() };
+        let config = source.resolve().unwrap();
+        let config = ServerConfig { tcp: Some(first.address), ..config };
+        assert!(Rendezvous::start(&config, Path::new("/z")).unwrap().is_none());
+        let config = ServerConfig { tcp_required: true, ..config };
+        let error = Rendezvous::start(&config, Path::new("/z")).unwrap_err().to_string();
+        assert!(error.contains("unix:/x/y.sock has that port") && error.contains("--tcp off"), "{error}");
+        assert!(Rendezvous::check(&config, Path::new("/z")).is_err());
+        Rendezvous::check(&config, Path::new("/x/y.sock")).unwrap();
     }
 }

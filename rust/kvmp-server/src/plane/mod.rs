@@ -4,6 +4,7 @@
 //! in slices of at most 1,024 keys, round robin over sessions, and makes no call that a client can block.
 
 mod attach;
+mod clock;
 mod command;
 mod engines;
 mod namespaces;

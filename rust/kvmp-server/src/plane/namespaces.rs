@@ -104,7 +104,7 @@ impl Namespaces {
             ));
         }
         let (at, len) = self.segment.table.layout().namespace_entry(u32::from(id.0));
-        rustix::fs::fallocate(self.segment.file(), FallocateFlags::empty(), at, len).map_err(|e| {
+        rustix::fs::fallocate(self.segment.file(), FallocateFlags::KEEP_SIZE, at, len).map_err(|e| {
             refused(
                 Refusal::Full,
                 format!("no memory for the namespace's entry ({e}); make room in the file system of the segment"),

@@ -12,6 +12,7 @@ use kvmp_core::ring::Parking;
 use kvmp_core::store::BlockStore;
 use rustix::event::{Timespec, epoll};
 
+use super::clock::SegmentClock;
 use super::command::{Command, Faults, SessionId};
 use super::engines::{DMA_GRACE, Engines, Gone};
 use super::namespaces::Namespaces;
@@ -63,7 +64,7 @@ pub(crate) struct Plane {
     pub(super) turns: Turns,
     commands: Receiver<Command>,
     pub(super) epoll: OwnedFd,
-    made_ns: u64,
+    clock: SegmentClock,
     pub(super) tokens: u64,
     spin: Duration,
     pub(super) watched_since: Option<Instant>,
@@ -108,7 +109,7 @@ impl Plane {
             turns: Turns::new(),
             commands: start.commands,
             epoll,
-            made_ns: header.map_or(0, |h| h.made_ns),
+            clock: SegmentClock::of(&start.segment.table),
             tokens: header.map_or(1, |h| h.server_epoch),
             spin: if cores >= SPIN_CORES { SPIN } else { Duration::ZERO },
             watched_since: None,
@@ -143,8 +144,7 @@ impl Plane {
 
     /// Boot-time clock in 1/16 s since the file was made.
     pub(super) fn now(&self) -> Ticks {
-        let ns = boot_clock_ns().saturating_sub(self.made_ns);
-        Ticks((u128::from(ns) * u128::from(Ticks::PER_SECOND) / 1_000_000_000) as u64)
+        self.clock.at(boot_clock_ns())
     }
 
     /// Gives each session one slice.

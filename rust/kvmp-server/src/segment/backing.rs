@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -18,6 +19,9 @@ use crate::limits::{Bound, Sources, bounds, tightest_free};
 const STEP: u64 = 16 << 20;
 /// Left free for everything else on the machine, beside what is being taken.
 const RESERVE: u64 = 64 << 20;
+/// The index takes up to 128 bytes a slot of 4 KiB once blocks lie there: where that memory comes out of the same bound, a
+/// server that leaves no room for it is killed in mid-service.
+const BACKED_PER_INDEX: u64 = 32;
 
 /// How the growth ended.
 #[derive(Debug)]
@@ -71,11 +75,9 @@ impl Backing<'_> {
     /// The bound that leaves no room for `bytes`, if one does.
     #[must_use]
     pub fn lacks_room(&self, bytes: u64) -> Option<Bound> {
-        let all = bounds(&self.arena_dir, &self.sources);
-        let bound = tightest_free(&all)?;
-        // A file system of kvmp's own need not keep anything free; memory that others live in must.
-        let reserve = RESERVE.min(bound.total / 16);
-        (bound.free < bytes + reserve).then(|| bound.clone())
+        let backed = self.file.metadata().map_or(0, |meta| meta.blocks() * 512) + bytes;
+        let all = bounds(&self.arena_dir, &self.sources).into_iter();
+        all.filter(|bound| bound.free < bytes + reserve(bound, backed)).min_by_key(|bound| bound.free)
     }
 
     fn back(&self, chunk: ChunkId) -> io::Result<bool> {
@@ -92,7 +94,8 @@ impl Backing<'_> {
                 return Ok(false);
             }
             let step = STEP.min(offset + bytes - at);
-            retry_on_intr(|| rustix::fs::fallocate(self.file, FallocateFlags::empty(), at, step))?;
+            // The file has its length: one that was made shorter from outside must not grow again, with zeroes for blocks.
+            retry_on_intr(|| rustix::fs::fallocate(self.file, FallocateFlags::KEEP_SIZE, at, step))?;
             self.zero(at, step)?;
             at += step;
         }
@@ -117,11 +120,17 @@ impl Backing<'_> {
     }
 }
 
+/// What is to stay free of a bound when so many bytes are backed.
+fn reserve(bound: &Bound, backed: u64) -> u64 {
+    // A file system of kvmp's own need not keep anything free; memory that others live in must.
+    let others = RESERVE.min(bound.total / 16);
+    others + if bound.is_for_all { backed / BACKED_PER_INDEX } else { 0 }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use kvmp_core::geometry::Geometry;
-    use std::os::unix::fs::MetadataExt;
 
     fn backing<'a>(file: &'a File, stop: &'a AtomicBool, layout: Layout, sources: Sources) -> Backing<'a> {
         Backing { file, layout, arena_dir: "/dev/shm".into(), sources, stop }
@@ -164,10 +173,31 @@ mod tests {
     }
 
     #[test]
+    fn a_file_made_shorter_meanwhile_is_not_made_longer() {
+        let (file, layout) = segment();
+        let shorter = layout.chunk(ChunkId(2)).0;
+        file.set_len(shorter).unwrap();
+        let (stop, mut ready) = (AtomicBool::new(false), Vec::new());
+        let ended = backing(&file, &stop, layout, Sources::default()).run((0..4).map(ChunkId), |c| ready.push(c.0));
+        assert!(matches!(ended, Ended::Failed(_)), "{ended:?}");
+        assert_eq!((ready, file.metadata().unwrap().len()), (vec![0, 1], shorter));
+    }
+
+    #[test]
     fn a_stop_is_noticed() {
         let (file, layout) = segment();
         let stop = AtomicBool::new(true);
         let ended = backing(&file, &stop, layout, Sources::default()).run([ChunkId(0)], |_| unreachable!());
         assert!(matches!(ended, Ended::Stopped));
+    }
+
+    #[test]
+    fn the_index_of_the_smallest_slots_has_room_too() {
+        let bound = |total, is_for_all| Bound { what: String::new(), total, free: 0, mend: String::new(), is_for_all };
+        for gib in [1, 8, 64, 1024] {
+            let arena = gib << 30;
+            assert!(reserve(&bound(arena, true), arena) >= RESERVE.min(arena / 16) + arena / 4096 * 128);
+            assert_eq!(reserve(&bound(arena, false), arena), RESERVE);
+        }
     }
 }

@@ -5,7 +5,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use kvmp_core::geometry::Geometry;
@@ -14,6 +14,7 @@ use rustix::fs::{FallocateFlags, RenameFlags};
 
 use super::locks::lock_server;
 use super::place::{check_folder, check_memory_fs, is_there, not_made, not_opened, segment_path};
+use super::server_lock::{holder, read_header};
 use crate::config::ServerConfig;
 use crate::error::{Context, ServerError};
 use crate::process::start_time;
@@ -30,6 +31,24 @@ pub enum Found {
     Segment,
     /// A file that does not fit, and why; it was replaced by a new one.
     Replaced(String),
+}
+
+/// What somebody else may do to the file of a running server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileState {
+    /// Nothing.
+    AsItWas,
+    /// The name is gone; the inode is the server's and its clients' as long as they have it.
+    Removed,
+    /// The name means another file.
+    Replaced,
+    /// Bytes are gone that it had: an access to one of them kills.
+    Shorter {
+        /// Bytes it has.
+        bytes: u64,
+        /// Bytes it was made with.
+        of: u64,
+    },
 }
 
 /// The segment file of a running server: locked on byte 0, its table mapped.
@@ -65,31 +84,33 @@ pub fn boot_clock_ns() -> u64 {
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-fn read_header(file: &File) -> Option<SegmentHeader> {
-    let mut bytes = [0; SegmentHeader::BYTES];
-    file.read_exact_at(&mut bytes, 0).ok()?;
-    SegmentHeader::parse(&bytes).ok()
+/// What an attempt to lock the file of a name came to.
+enum Locked {
+    /// There is no file.
+    Nothing,
+    Mine(File),
+    /// A server has it.
+    Taken(File),
 }
 
-/// Opens what is under the path and locks it. `None`: nothing there.
-fn lock_existing(path: &Path, name: &str) -> Result<Option<File>, ServerError> {
+/// Opens what is under the path and locks it.
+fn lock_existing(path: &Path) -> Result<Locked, ServerError> {
     while is_there(path)? {
         let file = match open_rw(path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Locked::Nothing),
             other => other.map_err(|e| not_opened(path, e))?,
         };
         if !lock_server(&file).doing(|| format!("locking {}", path.display()))? {
-            let pid = read_header(&file).map_or(0, |header| header.server_pid);
-            return Err(ServerError::NameTaken { name: name.to_owned(), pid });
+            return Ok(Locked::Taken(file));
         }
         // Replaced between open and lock: then the lock is on a file that nobody will find again.
         let mine = file.metadata().doing(|| format!("asking for {}", path.display()))?;
         match fs::symlink_metadata(path) {
-            Ok(now) if (now.dev(), now.ino()) == (mine.dev(), mine.ino()) => return Ok(Some(file)),
+            Ok(now) if (now.dev(), now.ino()) == (mine.dev(), mine.ino()) => return Ok(Locked::Mine(file)),
             _ => {}
         }
     }
-    Ok(None)
+    Ok(Locked::Nothing)
 }
 
 /// Why a locked file cannot be gone on with; `Ok` gives its layout.
@@ -118,6 +139,11 @@ fn fits(file: &File, config: &ServerConfig, wanted: Geometry) -> Result<Layout, 
     Ok(layout)
 }
 
+/// What a start is told whose name another server has.
+pub fn name_taken(config: &ServerConfig, file: &File) -> ServerError {
+    ServerError::NameTaken { name: config.name.clone(), holder: holder(file) }
+}
+
 /// A name that is this server's: its old file, if there was one, is locked, and nothing was changed yet.
 #[derive(Debug)]
 pub struct Claim {
@@ -130,20 +156,26 @@ pub struct Claim {
 impl Claim {
     /// Finds and locks the segment of a configuration, or makes it where there is none.
     pub fn new(config: &ServerConfig, geometry: Geometry) -> Result<Self, ServerError> {
+        Self::try_new(config, geometry)?.map_err(|taken| name_taken(config, &taken))
+    }
+
+    /// As `new`; the file, if a server has it.
+    pub fn try_new(config: &ServerConfig, geometry: Geometry) -> Result<Result<Self, File>, ServerError> {
         check_memory_fs(&config.arena_dir)?;
         let path = segment_path(&config.arena_dir, &config.name);
         loop {
-            let (file, found) = match lock_existing(&path, &config.name)? {
-                Some(file) => {
+            let (file, found) = match lock_existing(&path)? {
+                Locked::Taken(file) => return Ok(Err(file)),
+                Locked::Mine(file) => {
                     let found = fits(&file, config, geometry).map_or_else(Found::Replaced, |_| Found::Segment);
                     (file, found)
                 }
-                None => match make(&path, geometry, false)? {
+                Locked::Nothing => match make(&path, geometry, false)? {
                     Some(file) => (file, Found::Nothing),
                     None => continue,
                 },
             };
-            return Ok(Self { path, geometry, file, found });
+            return Ok(Ok(Self { path, geometry, file, found }));
         }
     }
 
@@ -220,6 +252,19 @@ impl SegmentFile {
         Ok(OpenOptions::new().read(true).write(write).open(own)?.into())
     }
 
+    /// What has become of the file since it was made or found.
+    #[must_use]
+    pub fn state(&self) -> FileState {
+        let own = self.file.metadata();
+        let of = self.table.layout().file_bytes();
+        match (&own, fs::symlink_metadata(&self.path)) {
+            (Ok(own), _) if own.len() < of => FileState::Shorter { bytes: own.len(), of },
+            (Ok(own), Ok(named)) if (own.dev(), own.ino()) != (named.dev(), named.ino()) => FileState::Replaced,
+            (_, Err(e)) if e.kind() == io::ErrorKind::NotFound => FileState::Removed,
+            _ => FileState::AsItWas,
+        }
+    }
+
     /// Bytes of memory the file takes.
     #[must_use]
     pub fn resident_bytes(&self) -> u64 {
@@ -228,8 +273,7 @@ impl SegmentFile {
 
     /// Unlinks the file, if the name still means this inode.
     pub fn unlink(&self) {
-        let same = fs::symlink_metadata(&self.path).ok().zip(self.file.metadata().ok());
-        if same.is_some_and(|(a, b)| (a.dev(), a.ino()) == (b.dev(), b.ino())) {
+        if matches!(self.state(), FileState::AsItWas | FileState::Shorter { .. }) {
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -290,12 +334,13 @@ pub fn kept_arena_bytes(dir: &Path, name: &str) -> Option<u64> {
 pub fn remove(dir: &Path, name: &str) -> Result<u64, ServerError> {
     check_folder(dir)?;
     let path = segment_path(dir, name);
-    match lock_existing(&path, name)? {
-        None => Err(ServerError::Segment {
+    match lock_existing(&path)? {
+        Locked::Nothing => Err(ServerError::Segment {
             path,
             why: "there is none; `ls` shows the folder, --arena-dir names another".into(),
         }),
-        Some(file) => {
+        Locked::Taken(file) => Err(ServerError::SegmentInUse { path, holder: holder(&file) }),
+        Locked::Mine(file) => {
             let bytes = file.metadata().map_or(0, |meta| meta.blocks() * 512);
             fs::remove_file(&path).doing(|| format!("removing {}", path.display()))?;
             Ok(bytes)

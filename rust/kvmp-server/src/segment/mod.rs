@@ -4,9 +4,11 @@ pub mod backing;
 mod file;
 mod locks;
 mod place;
+mod server_lock;
 mod table;
 
-pub use file::{Claim, Found, SegmentFile, boot_clock_ns, kept_arena_bytes, remove};
+pub use file::{Claim, FileState, Found, SegmentFile, boot_clock_ns, kept_arena_bytes, name_taken, remove};
 pub use locks::HolderLocks;
-pub use place::lies_in_memory;
+pub use place::{lies_in_memory, segment_path};
+pub use server_lock::{holds, named};
 pub use table::SegmentTable;

@@ -1,0 +1,193 @@
+//! `--upgrade`: a new server takes over from one that runs, of whatever version.
+//!
+//! `its socket answers -> it holds the lock -> SIGTERM -> byte 0 is free -> claimed`. Nothing is taken by force, and
+//! nothing is passed but the file. Who is told to stop is the process at the other end of the socket, which the kernel
+//! names; the file's word alone is never taken for it.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use kvmp_core::geometry::Geometry;
+
+use crate::config::{ServerConfig, Upgrade, default_socket};
+use crate::error::{Context, ServerError};
+use crate::listen::{BoundSocket, Rendezvous, canonical, who_listens};
+use crate::process::WatchedProcess;
+use crate::segment::{Claim, holds, name_taken, named, segment_path};
+
+/// Between two looks at the lock.
+const GLANCE: Duration = Duration::from_millis(10);
+/// How long a server that has the lock may take to answer at its socket: it may just be starting.
+const ANSWERS: Duration = Duration::from_secs(1);
+/// How long one that has let go may take to end, and with that to leave its port.
+const ENDS: Duration = Duration::from_secs(1);
+
+/// The claim to a name, taken over where a server has it.
+pub(crate) fn claim(config: &ServerConfig, geometry: Geometry, upgrade: &Upgrade) -> Result<Claim, ServerError> {
+    match Claim::try_new(config, geometry)? {
+        Ok(claim) => {
+            tracing::info!("--upgrade: no server runs under the name '{}'; starting as usual", config.name);
+            Ok(claim)
+        }
+        Err(_) => take_over(config, geometry, upgrade),
+    }
+}
+
+fn take_over(config: &ServerConfig, geometry: Geometry, upgrade: &Upgrade) -> Result<Claim, ServerError> {
+    let until = Instant::now() + upgrade.drain_timeout;
+    let answers_until = Instant::now() + ANSWERS;
+    loop {
+        let file = match Claim::try_new(config, geometry)? {
+            Ok(claim) => return Ok(claim),
+            Err(file) => file,
+        };
+        match OldServer::find(config, upgrade, &file) {
+            Ok(old) => {
+                old.check_room_beside(config)?;
+                old.ask_to_stop(upgrade, until)?;
+                return old.wait(config, geometry, upgrade, until);
+            }
+            Err(why) if Instant::now() >= answers_until => return Err(why),
+            Err(_) => std::thread::sleep(GLANCE),
+        }
+    }
+}
+
+fn refused(why: String) -> ServerError {
+    ServerError::Upgrade(why)
+}
+
+/// The server that has the lock, found by its socket.
+struct OldServer {
+    process: WatchedProcess,
+    socket: PathBuf,
+}
+
+impl OldServer {
+    /// Whoever listens at one of the sockets that it may have, if it is the one that has `file`.
+    fn find(config: &ServerConfig, upgrade: &Upgrade, file: &File) -> Result<Self, ServerError> {
+        let sockets = match &upgrade.from {
+            Some(from) => vec![from.clone()],
+            None => vec![config.socket.clone(), default_socket(&config.name)],
+        };
+        let listening = sockets.iter().find_map(|socket| who_listens(socket).map(|who| (socket, who)));
+        let Some((socket, (uid, pid))) = listening else {
+            return Err(refused(format!(
+                "no server answers at {}, but one has {}{}; name its socket with --upgrade-from, or stop it yourself",
+                sockets.iter().map(|socket| socket.display().to_string()).collect::<Vec<_>>().join(" or "),
+                segment_path(&config.arena_dir, &config.name).display(),
+                named(file).map_or_else(String::new, |pid| format!(" (pid {pid}, says its header)")),
+            )));
+        };
+        let socket = canonical(socket).doing(|| format!("finding {}", socket.display()))?;
+        check_uid(uid, pid, &socket)?;
+        // Held before the look at its locks: from then on the pid cannot come to mean another process.
+        let process = u32::try_from(pid).ok().filter(|pid| *pid > 0).and_then(|pid| WatchedProcess::open(pid).ok());
+        let process = process.ok_or_else(|| {
+            refused(format!(
+                "the server at {} is not to be seen from this pid namespace; stop it there",
+                socket.display()
+            ))
+        })?;
+        check_holder(config, &process, &socket, file)?;
+        Ok(Self { process, socket })
+    }
+
+    /// Refuses now what would be refused once the old server is gone: then there would be none.
+    fn check_room_beside(&self, config: &ServerConfig) -> Result<(), ServerError> {
+        if canonical(&config.socket).ok().as_ref() != Some(&self.socket) {
+            BoundSocket::check(&config.socket, config.doors())?;
+        }
+        Rendezvous::check(config, &self.socket)
+    }
+
+    /// SIGTERM, unless a signal has stopped it: it would act on that long after this start has given up.
+    fn ask_to_stop(&self, upgrade: &Upgrade, until: Instant) -> Result<(), ServerError> {
+        let pid = self.process.pid();
+        if self.process.is_stopped() {
+            tracing::info!("--upgrade: a signal has stopped pid {pid}; waiting for it to go on");
+        }
+        while self.process.is_stopped() {
+            if Instant::now() >= until {
+                return Err(refused(format!(
+                    "a signal has stopped pid {pid}, the server at {}, and nothing let it go on within {:?}; it was left as \
+                     it is; let it go on with `kill -CONT {pid}` and try again",
+                    self.socket.display(),
+                    upgrade.drain_timeout
+                )));
+            }
+            std::thread::sleep(GLANCE);
+        }
+        tracing::info!("--upgrade: asking pid {pid}, the server at {}, to stop", self.socket.display());
+        self.process.terminate().doing(|| format!("--upgrade: sending SIGTERM to pid {pid}"))
+    }
+
+    fn wait(
+        &self,
+        config: &ServerConfig,
+        geometry: Geometry,
+        upgrade: &Upgrade,
+        until: Instant,
+    ) -> Result<Claim, ServerError> {
+        let pid = self.process.pid();
+        loop {
+            // In this order: one that ended let go of the lock before that.
+            let ended = self.process.ends_within(GLANCE);
+            match Claim::try_new(config, geometry)? {
+                Ok(claim) => {
+                    // Not for ever: a program that embeds a server goes on without it.
+                    let _ = self.process.ends_within(ENDS);
+                    tracing::info!("--upgrade: pid {pid} has let go of the segment");
+                    return Ok(claim);
+                }
+                // Another start was faster.
+                Err(file) if ended => return Err(name_taken(config, &file)),
+                Err(_) if Instant::now() >= until => return Err(self.still_there(config, upgrade)),
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn still_there(&self, config: &ServerConfig, upgrade: &Upgrade) -> ServerError {
+        let pid = self.process.pid();
+        refused(format!(
+            "pid {pid}, the server at {}, was asked to stop (SIGTERM) and still has {} after {:?}; nothing was taken from \
+             it; start again once it has ended, with a longer --drain-timeout, or end it with `kill -9 {pid}`",
+            self.socket.display(),
+            segment_path(&config.arena_dir, &config.name).display(),
+            upgrade.drain_timeout
+        ))
+    }
+}
+
+fn check_uid(uid: u32, pid: i32, socket: &std::path::Path) -> Result<(), ServerError> {
+    let own = rustix::process::geteuid().as_raw();
+    if uid == own {
+        return Ok(());
+    }
+    Err(refused(format!(
+        "pid {pid}, which answers at {}, runs as uid {uid}, this process as {own}; only its own user may take over from a \
+         server",
+        socket.display()
+    )))
+}
+
+/// The kernel's word that the process has the lock; where its descriptors may not be looked at, the header's.
+fn check_holder(
+    config: &ServerConfig,
+    process: &WatchedProcess,
+    socket: &std::path::Path,
+    file: &File,
+) -> Result<(), ServerError> {
+    let pid = process.pid();
+    if holds(pid, file).unwrap_or_else(|| named(file) == Some(pid)) {
+        return Ok(());
+    }
+    Err(refused(format!(
+        "pid {pid}, which answers at {}, is not the server that has {}{}; name that one's socket with --upgrade-from",
+        socket.display(),
+        segment_path(&config.arena_dir, &config.name).display(),
+        named(file).map_or_else(String::new, |pid| format!(" (pid {pid}, says its header)")),
+    )))
+}

@@ -1,0 +1,18 @@
+//! What happens to a server and its file: the real binary is stopped, killed, taken over from, starved and damaged.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop where it is")]
+#![allow(dead_code, reason = "each test binary uses its share of `support`")]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod attached;
+mod clock;
+mod file;
+mod load;
+mod restarts;
+mod room;
+mod served;
+mod stopped;
+mod strangers;
+mod taken;
+mod upgrade;
