@@ -292,8 +292,9 @@ impl Plane {
     fn execute(&mut self, command: Command) {
         match command {
             Command::Attach { attach, reply } => drop(reply.send(self.attach(*attach))),
-            Command::Detach { session } => {
+            Command::Detach { session, fault } => {
                 if let Some(session) = self.sessions.remove(&session) {
+                    self.counters.protocol_errors += u64::from(fault);
                     self.end(session);
                 }
             }

@@ -4,9 +4,14 @@
 
 mod aborted;
 mod deaths;
+mod descriptors;
 mod forked;
 mod frozen;
+mod full;
+mod liars;
+mod many;
 mod puppet;
+mod raw;
 mod serve;
 #[allow(dead_code, reason = "each test binary uses its share of `support`")]
 #[path = "../support/mod.rs"]

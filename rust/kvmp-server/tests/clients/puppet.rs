@@ -13,6 +13,7 @@ use kvmp_core::wire::Role;
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 
+use crate::serve::is_stopped;
 use crate::support::{Engine, chain, connect, fill, patience, spec, until};
 
 /// What a puppet plays; it goes to the child in its environment.
@@ -160,14 +161,7 @@ impl Puppet {
     /// Stops it, and waits until the kernel says that every thread of it is stopped.
     pub fn freeze(&self) {
         self.signal(Signal::STOP);
-        until("it is stopped", || self.states().iter().all(|state| state == "T"));
-    }
-
-    fn states(&self) -> Vec<String> {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
-        let stat = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("stat")).unwrap();
-        let state = |text: String| text.rsplit_once(')').unwrap().1.split_whitespace().next().unwrap().to_owned();
-        tasks.map(|task| state(stat(task.unwrap()))).collect()
+        until("it is stopped", || is_stopped(self.child.id()));
     }
 }
 

@@ -31,6 +31,7 @@ impl Theatre {
     fn seat(&mut self) {
         self.bystanders = (0..2).map(|_| Engine::new(&self.server.endpoint(), &spec("m", &PARTS))).collect();
         until("the arena is backed", || self.stats()["warming"] == false);
+        until("the thread that backs it has ended", || !self.server.has_thread("kvmp-backing"));
     }
 
     /// SIGKILLs the server, starts it again, and lets the bystanders attach anew.
