@@ -37,6 +37,9 @@ fn control(fd: impl AsFd, command: i32, argument: i32) -> rustix::io::Result<()>
     }
 }
 
+/// A name and what is done.
+type Deed = (&'static str, fn(&mut Raw));
+
 fn waits_in_calls(fd: impl AsFd) {
     let flags = fcntl_getfl(&fd).unwrap();
     fcntl_setfl(&fd, flags - OFlags::NONBLOCK).unwrap();
@@ -109,7 +112,7 @@ fn never_read_the_socket(raw: &mut Raw) {
 #[test]
 fn what_a_client_does_to_its_descriptors_makes_nobody_else_wait() {
     let theatre = Theatre::open("descriptors");
-    let deeds: [(&str, fn(&mut Raw)); 6] = [
+    let deeds: [Deed; 6] = [
         ("fill", fill_the_doorbell),
         ("re-flag", reflag_everything),
         ("reshape", reshape_the_ring),

@@ -17,6 +17,9 @@ use crate::theatre::{PARTS, Theatre};
 /// More than any buffer of the server's would hold if it kept something of each.
 const ROUNDS: u64 = 100;
 
+/// The reason that the server gives, and the lie.
+type Lie = (&'static str, fn(&mut Raw));
+
 fn unharmed(theatre: &Theatre) {
     assert_eq!(theatre.hit(1, 20), 20);
 }
@@ -85,7 +88,7 @@ fn say_hello_again(raw: &mut Raw) {
 #[test]
 fn a_lie_ends_its_session_with_a_reason_in_the_log() {
     let theatre = house("lies");
-    let lies: [(&str, fn(&mut Raw)); 8] = [
+    let lies: [Lie; 8] = [
         ("its ring makes no sense: queue position", jump_the_tail),
         ("its ring makes no sense: queue position", jump_the_head),
         ("it names more items than one request may", fill_the_ring_with_rubbish),

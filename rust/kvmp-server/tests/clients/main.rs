@@ -10,6 +10,7 @@ mod frozen;
 mod full;
 mod liars;
 mod many;
+mod namespaces;
 mod puppet;
 mod raw;
 mod serve;
