@@ -8,6 +8,7 @@ macro_rules! say {
     }};
 }
 mod ask;
+mod log;
 mod serve;
 mod wheel;
 

@@ -1,6 +1,7 @@
 //! Clients that lie on ring and socket: the session ends with a reason in the log, counted; others notice nothing, and
 //! nothing is left of it. (`bad_clients.rs` shows lie by lie what the client is told.)
 
+use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use kvmp_core::ids::BlockKey;
@@ -10,7 +11,7 @@ use kvmp_core::wire::{ClientMessage, Frame, Op, Role, ServerMessage, SocketError
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown};
 
 use crate::raw::{Raw, dial, hello};
-use crate::serve::Footprint;
+use crate::serve::{Footprint, Serve};
 use crate::support::{chain, spec, until};
 use crate::theatre::{PARTS, Theatre};
 
@@ -121,6 +122,27 @@ fn a_lie_ends_its_session_with_a_reason_in_the_log() {
     before.is_back(&theatre.server);
 }
 
+/// More lines than the pipe and the queue before it hold.
+#[test]
+fn a_log_that_nobody_reads_makes_nobody_wait_for_it() {
+    let (server, mut unread) = Serve::mute("mute");
+    let theatre = Theatre::with(server);
+    assert_eq!(theatre.bystanders[0].store(&chain(1, 20)), 20);
+    for lie in [lie_about_a_length, send_rubbish].iter().cycle().take(3000) {
+        let mut raw = Raw::attach(&theatre.server.socket(), Role::Scheduler);
+        lie(&mut raw);
+        raw.refusal();
+    }
+    unharmed(&theatre);
+    let mut log = Vec::new();
+    until("the log says that lines were dropped", || {
+        let mut piece = [0; 1 << 16];
+        let bytes = unread.read(&mut piece).unwrap();
+        log.extend_from_slice(&piece[..bytes]);
+        String::from_utf8_lossy(&log).contains("lines of this log were dropped: nobody read it")
+    });
+}
+
 #[test]
 fn a_client_that_closes_half_way_leaves_nothing() {
     let theatre = house("half-way");
@@ -163,6 +185,8 @@ fn descriptors_sent_to_the_server_are_closed() {
     let theatre = house("rights");
     let before = Footprint::of(&theatre.server);
     let plain = Raw::attach(&theatre.server.socket(), Role::Scheduler);
+    // An answer later, what it takes to welcome it is gone.
+    plain.open(&spec("m", &PARTS));
     let session = Footprint::of(&theatre.server).fds - before.fds;
     drop(plain);
     before.is_back(&theatre.server);

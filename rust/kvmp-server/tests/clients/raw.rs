@@ -2,11 +2,13 @@
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::time::Duration;
 
 use kvmp_core::namespace::NamespaceSpec;
 use kvmp_core::ring::{MappedQueue, Producer, Ring, SUBMISSIONS};
 use kvmp_core::segment::{Access, Mapping};
 use kvmp_core::wire::{ClientMessage, Hello, Role, ServerMessage, SocketError, Submission, receive, send};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 pub struct Raw {
@@ -21,6 +23,8 @@ pub struct Raw {
 
 pub fn dial(path: &Path) -> OwnedFd {
     let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    // A watchdog: no answer ends the test, it does not hang it.
+    set_socket_timeout(&fd, Timeout::Recv, Some(Duration::from_secs(20))).unwrap();
     let address = SocketAddrUnix::new(path).unwrap();
     // A full backlog makes it wait, as every client's connect does.
     rustix::io::retry_on_intr(|| rustix::net::connect(&fd, &address)).unwrap();

@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -34,6 +34,17 @@ impl Serve {
 
     pub fn socket(&self) -> PathBuf {
         self.dir.path().join("kvmp.sock")
+    }
+
+    /// A server whose log nobody reads: the reading end of the pipe, to be read later.
+    pub fn mute(name: &str) -> (Self, ChildStderr) {
+        let dir = tempfile::tempdir().unwrap();
+        let name = format!("clients-{name}-{}", std::process::id());
+        let mut child = command(&name, dir.path().join("kvmp.sock"), "4MiB").spawn().unwrap();
+        let unread = child.stderr.take().unwrap();
+        let this = Self { child, dir, name, size: "4MiB", log: Arc::default() };
+        until("it listens", || this.socket().exists());
+        (this, unread)
     }
 
     /// SIGKILL and a new start on the same segment.
@@ -125,14 +136,18 @@ impl Footprint {
     }
 }
 
-fn launch(name: &str, socket: PathBuf, size: &str, log: &Arc<Mutex<String>>) -> Child {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_kvmp"))
+fn command(name: &str, socket: PathBuf, size: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kvmp"));
+    command
         .args(["serve", "--size", size, "--chunk", "2MiB", "--tcp", "off", "--name", name, "--socket"])
         .arg(socket)
         .args(["--until-pid", &std::process::id().to_string()])
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+        .stderr(Stdio::piped());
+    command
+}
+
+fn launch(name: &str, socket: PathBuf, size: &str, log: &Arc<Mutex<String>>) -> Child {
+    let mut child = command(name, socket, size).spawn().unwrap();
     let lines = BufReader::new(child.stderr.take().unwrap()).lines();
     let into = Arc::clone(log);
     // Read to the end, so that the server never blocks on its own log.

@@ -22,7 +22,10 @@ pub struct Theatre {
 
 impl Theatre {
     pub fn open(name: &str) -> Self {
-        let server = Serve::start(name, "4MiB");
+        Self::with(Serve::start(name, "4MiB"))
+    }
+
+    pub fn with(server: Serve) -> Self {
         let mut this = Self { server, bystanders: Vec::new() };
         this.seat();
         this
