@@ -117,6 +117,22 @@ fn blocks_of_a_worker_that_dies_never_become_visible() {
 }
 
 #[test]
+fn a_part_whose_worker_left_before_the_grant_closes_with_its_scheduler() {
+    let theatre = Theatre::open("left");
+    let mut cast = Cast::new(&theatre);
+    cast.workers[0].kill();
+    until("the worker is gone", || theatre.stat("sessions") == 8);
+    theatre.grace_passes();
+    let grant = cast.scheduler.reserve(10, 12);
+    cast.workers[1].store(&grant);
+    assert_eq!((theatre.unsettled(), theatre.hit(10, 12)), (12, 0));
+    // The worker that lives is done with its part, and nobody may join for the other one any more.
+    cast.scheduler.kill();
+    until("all comes back", || theatre.unsettled() == 0);
+    assert_eq!(theatre.hit(10, 12), 0);
+}
+
+#[test]
 fn an_engine_that_dies_altogether_leaves_what_it_had_stored() {
     let mut scene = Scene::set("all");
     scene.kill(Victims::All);
