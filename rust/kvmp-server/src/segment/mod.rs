@@ -8,4 +8,6 @@ mod table;
 
 pub use file::{Claim, Found, SegmentFile, boot_clock_ns, kept_arena_bytes, remove};
 pub use locks::HolderLocks;
+#[cfg(any(test, feature = "fuzz"))]
+pub use place::segment_path;
 pub use table::SegmentTable;
