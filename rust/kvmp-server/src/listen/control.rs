@@ -26,6 +26,8 @@ use crate::segment::{HolderLocks, SegmentFile};
 
 /// Between two tries to accept while the system has no descriptors left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Connections accepted before the others have their turn.
+const ACCEPTED: usize = 16;
 /// How long a connection may take over its hello.
 const HELLO_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -92,7 +94,7 @@ impl Control {
         while let Some(ready) = self.wait() {
             for event in ready {
                 match event {
-                    Event::Listener => self.accept_all(),
+                    Event::Listener => self.accept_some(),
                     Event::Faults => self.end_faulted(),
                     Event::Connection(id) => self.serve(id),
                 }
@@ -135,9 +137,10 @@ impl Control {
         waiting.then_some(Timespec { tv_sec: 0, tv_nsec: ACCEPT_PAUSE.as_nanos() as i64 })
     }
 
-    fn accept_all(&mut self) {
+    /// Some of those who wait: clients that come without end must not keep the others from being heard.
+    fn accept_some(&mut self) {
         self.accept_again = None;
-        loop {
+        for _ in 0..ACCEPTED {
             match rustix::net::accept_with(&self.start.socket.fd, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
                 Ok(fd) => self.accepted(fd),
                 Err(rustix::io::Errno::AGAIN) => return,

@@ -1,5 +1,7 @@
 //! Ten thousand of what is harmless once: connects and disconnects, lookups given up on.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use kvmp_client::{ClientError, ConnectOptions};
 use kvmp_core::ids::BlockKey;
 use kvmp_core::ring::{COMPLETIONS, Consumer};
@@ -138,4 +140,32 @@ fn open_until_busy(theatre: &Theatre) -> usize {
     let open: Vec<_> = std::iter::from_fn(|| ask().ok()).collect();
     theatre.server.signal(rustix::process::Signal::CONT);
     open.len()
+}
+
+/// Between two answers of the control thread to one client, others may have connected so often.
+const CONNECTS_AN_ANSWER: usize = 1000;
+
+#[test]
+fn clients_that_connect_without_end_do_not_keep_others_from_being_heard() {
+    let theatre = lived_in("flood");
+    let (connects, answers) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while answers.load(Ordering::Relaxed) < 100 {
+                    gone_before_the_hello(&theatre);
+                    connects.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        until("they have begun", || connects.load(Ordering::Relaxed) > 100);
+        let engine = &theatre.bystanders[0];
+        while answers.load(Ordering::Relaxed) < 100 {
+            engine.scheduler.open(&spec("m", &PARTS), &patience()).unwrap();
+            answers.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    let connects = connects.into_inner();
+    assert!(connects < 100 * CONNECTS_AN_ANSWER, "{connects} connects while 100 questions were answered");
+    forgotten(&theatre);
 }
