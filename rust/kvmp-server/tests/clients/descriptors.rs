@@ -17,7 +17,7 @@ use crate::theatre::{PARTS, Theatre};
 /// Ten times an engine's bound: what takes longer waited for the client.
 const WATCHDOG_MS: u64 = 1000;
 
-fn lock(fd: impl AsFd, command: i32, kind: i32, from: u64, len: u64) -> rustix::io::Result<()> {
+pub fn lock(fd: impl AsFd, command: i32, kind: i32, from: u64, len: u64) -> rustix::io::Result<()> {
     // SAFETY: `flock` is plain old data; all zeroes is a value of it.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     (lock.l_type, lock.l_whence) = (kind as libc::c_short, libc::SEEK_SET as libc::c_short);

@@ -13,6 +13,7 @@ mod many;
 mod namespaces;
 mod puppet;
 mod raw;
+mod scarce;
 mod serve;
 #[allow(dead_code, reason = "each test binary uses its share of `support`")]
 #[path = "../support/mod.rs"]

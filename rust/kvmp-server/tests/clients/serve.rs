@@ -14,18 +14,34 @@ pub struct Serve {
     child: Child,
     dir: tempfile::TempDir,
     name: String,
-    size: &'static str,
+    tcp: &'static str,
     log: Arc<Mutex<String>>,
 }
 
 impl Serve {
     /// A server that is ready. `name` must be of one test alone.
-    pub fn start(name: &str, size: &'static str) -> Self {
+    pub fn start(name: &str) -> Self {
+        Self::ready(name, "off")
+    }
+
+    /// One with a rendezvous on a port that is free.
+    pub fn with_tcp(name: &str) -> Self {
+        Self::ready(name, "127.0.0.1:0")
+    }
+
+    fn ready(name: &str, tcp: &'static str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let log = Arc::default();
         let name = format!("clients-{name}-{}", std::process::id());
-        let child = launch(&name, dir.path().join("kvmp.sock"), size, &log);
-        Self { child, dir, name, size, log }
+        let child = launch(&name, dir.path().join("kvmp.sock"), tcp, &log);
+        Self { child, dir, name, tcp, log }
+    }
+
+    /// Host and port of the rendezvous, from the line that says that the server is ready.
+    pub fn tcp(&self) -> String {
+        let log = self.log.lock().unwrap();
+        let (_, rest) = log.split_once("(tcp://").unwrap();
+        rest.split_once(' ').unwrap().0.to_owned()
     }
 
     pub fn endpoint(&self) -> String {
@@ -40,9 +56,9 @@ impl Serve {
     pub fn mute(name: &str) -> (Self, ChildStderr) {
         let dir = tempfile::tempdir().unwrap();
         let name = format!("clients-{name}-{}", std::process::id());
-        let mut child = command(&name, dir.path().join("kvmp.sock"), "4MiB").spawn().unwrap();
+        let mut child = command(&name, dir.path().join("kvmp.sock"), "off").spawn().unwrap();
         let unread = child.stderr.take().unwrap();
-        let this = Self { child, dir, name, size: "4MiB", log: Arc::default() };
+        let this = Self { child, dir, name, tcp: "off", log: Arc::default() };
         until("it listens", || this.socket().exists());
         (this, unread)
     }
@@ -51,7 +67,7 @@ impl Serve {
     pub fn restart(&mut self) {
         self.kill();
         self.log.lock().unwrap().clear();
-        self.child = launch(&self.name, self.socket(), self.size, &self.log);
+        self.child = launch(&self.name, self.socket(), self.tcp, &self.log);
     }
 
     pub fn signal(&self, signal: Signal) {
@@ -96,7 +112,7 @@ pub fn is_stopped(pid: u32) -> bool {
 #[derive(Debug, Clone, Copy)]
 pub struct Footprint {
     pub fds: usize,
-    threads: u64,
+    pub threads: u64,
     pub maps: usize,
     anon_kib: u64,
 }
@@ -136,18 +152,18 @@ impl Footprint {
     }
 }
 
-fn command(name: &str, socket: PathBuf, size: &str) -> Command {
+fn command(name: &str, socket: PathBuf, tcp: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kvmp"));
     command
-        .args(["serve", "--size", size, "--chunk", "2MiB", "--tcp", "off", "--name", name, "--socket"])
+        .args(["serve", "--size", "4MiB", "--chunk", "2MiB", "--tcp", tcp, "--name", name, "--socket"])
         .arg(socket)
         .args(["--until-pid", &std::process::id().to_string()])
         .stderr(Stdio::piped());
     command
 }
 
-fn launch(name: &str, socket: PathBuf, size: &str, log: &Arc<Mutex<String>>) -> Child {
-    let mut child = command(name, socket, size).spawn().unwrap();
+fn launch(name: &str, socket: PathBuf, tcp: &str, log: &Arc<Mutex<String>>) -> Child {
+    let mut child = command(name, socket, tcp).spawn().unwrap();
     let lines = BufReader::new(child.stderr.take().unwrap()).lines();
     let into = Arc::clone(log);
     // Read to the end, so that the server never blocks on its own log.

@@ -22,7 +22,7 @@ pub struct Theatre {
 
 impl Theatre {
     pub fn open(name: &str) -> Self {
-        Self::with(Serve::start(name, "4MiB"))
+        Self::with(Serve::start(name))
     }
 
     pub fn with(server: Serve) -> Self {
