@@ -21,6 +21,12 @@ pub struct PartsAt {
     pub guard: CopyGuard,
 }
 
+/// Nothing to do, but it keeps the whole together: a closure that takes some fields of a type without it leaves the others
+/// behind, and a copy moved to a thread would go on without its guard.
+impl Drop for PartsAt {
+    fn drop(&mut self) {}
+}
+
 impl PartsAt {
     /// The arena, for a copy.
     #[must_use]

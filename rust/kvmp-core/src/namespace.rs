@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 
 use crate::geometry::PAGE;
 use crate::ids::{GroupId, PartId};
+use crate::wire::LOOKUP_MAX;
 
 /// Version of the slot and part layout; part of every digest and of the segment header.
 pub const LAYOUT_VERSION: u32 = 1;
@@ -91,6 +92,15 @@ pub enum SpecError {
     },
 }
 
+/// Of no more than it takes to be told from what is allowed: it does not grow without end.
+fn least_common_multiple(a: u64, b: u32) -> u64 {
+    let (mut x, mut y) = (a, u64::from(b));
+    while y > 0 {
+        (x, y) = (y, x % y);
+    }
+    (a / x).saturating_mul(u64::from(b))
+}
+
 fn field(field: impl Into<String>, why: impl Into<String>) -> SpecError {
     SpecError::Field { field: field.into(), why: why.into() }
 }
@@ -122,6 +132,7 @@ impl NamespaceSpec {
                 ));
             }
         }
+        self.check_hashes()?;
         let hash_tokens = self.hash_tokens();
         for (i, group) in self.groups.iter().enumerate() {
             if Some(group.block_tokens) != hash_tokens.checked_mul(group.hash_stride) {
@@ -150,6 +161,25 @@ impl NamespaceSpec {
             if total > u64::from(u32::MAX) {
                 return Err(field("parts", format!("a block of group {g} takes {total} bytes, more than 4 GiB")));
             }
+        }
+        Ok(())
+    }
+
+    /// A hit is counted in tokens, in 32 bits, and is whole blocks of every group: a list must be able to hold one.
+    fn check_hashes(&self) -> Result<(), SpecError> {
+        let (most, hash_tokens) = (u32::MAX / LOOKUP_MAX, self.hash_tokens());
+        if hash_tokens > most {
+            return Err(field(
+                "groups[0].block_tokens",
+                format!("a hash of {hash_tokens} tokens, at most {most} may be"),
+            ));
+        }
+        let common = self.groups.iter().fold(1, |common, group| least_common_multiple(common, group.hash_stride));
+        if common > u64::from(LOOKUP_MAX) {
+            return Err(field(
+                "groups",
+                format!("whole blocks of every group take {common} hashes, and a list has {LOOKUP_MAX} at most"),
+            ));
         }
         Ok(())
     }

@@ -13,6 +13,10 @@ compile_error!("kvmp runs on Linux only: it needs tmpfs, memfd, futex and OFD lo
 pub mod cli;
 mod config;
 mod error;
+#[cfg(any(test, feature = "fuzz"))]
+#[doc(hidden)]
+#[allow(clippy::unwrap_used, missing_docs, reason = "tests, in a form that a fuzzer can run")]
+pub mod fuzz;
 #[cfg(test)]
 #[path = "../tests/kill_anywhere/mod.rs"]
 mod kill_anywhere;

@@ -9,6 +9,7 @@ macro_rules! say {
 }
 mod ask;
 mod bus;
+mod log;
 mod serve;
 mod wheel;
 

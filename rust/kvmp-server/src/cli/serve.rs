@@ -1,15 +1,14 @@
 //! `kvmp serve`: starts, says so in one line, waits for a signal, drains, says what it leaves.
 
-use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use tracing::level_filters::LevelFilter;
 
 use super::bus;
+use super::log::Log;
 use crate::config::ConfigSource;
 use crate::error::{Context, ServerError};
 use crate::server::Server;
@@ -70,7 +69,7 @@ pub(super) struct ServeArgs {
 }
 
 pub(super) fn run(args: ServeArgs) -> Result<(), ServerError> {
-    log_to_stderr();
+    let _log = Log::start().doing(|| "starting the log".into())?;
     let file = args.config.as_deref().map(ConfigSource::from_file).transpose()?.unwrap_or_default();
     let config = ConfigSource::from(args).over(file).resolve()?;
     // Before the first client: a signal must never find the default action between start and wait.
@@ -82,19 +81,6 @@ pub(super) fn run(args: ServeArgs) -> Result<(), ServerError> {
     let outcome = wait(&server, &mut signals);
     finish(server);
     outcome
-}
-
-fn log_to_stderr() {
-    let level = std::env::var("KVMP_LOG").ok().and_then(|level| level.parse().ok()).unwrap_or(LevelFilter::INFO);
-    // A second server in one process keeps the first one's subscriber.
-    let _ = tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_target(false)
-        // A log that nobody can read any more (a closed terminal, a full disk) must not end the server.
-        .log_internal_errors(false)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .try_init();
 }
 
 /// Each session takes a few descriptors: as many as the system allows.

@@ -28,6 +28,8 @@ use crate::segment::{HolderLocks, SegmentFile};
 
 /// Between two tries to accept while the system has no descriptors left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Connections accepted before the others have their turn.
+const ACCEPTED: usize = 16;
 /// How long a connection may take over its hello.
 const HELLO_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -98,7 +100,7 @@ impl Control {
         while let Some(ready) = self.wait() {
             for event in ready {
                 match event {
-                    Event::Listener => self.accept_all(),
+                    Event::Listener => self.accept_some(),
                     Event::Faults => self.end_faulted(),
                     Event::Connection(id) => self.serve(id),
                 }
@@ -148,9 +150,10 @@ impl Control {
         Timespec { tv_sec: 0, tv_nsec: pause.as_nanos() as i64 }
     }
 
-    fn accept_all(&mut self) {
+    /// Some of those who wait: clients that come without end must not keep the others from being heard.
+    fn accept_some(&mut self) {
         self.accept_again = None;
-        loop {
+        for _ in 0..ACCEPTED {
             match rustix::net::accept_with(&self.start.socket.fd, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
                 Ok(fd) => self.accepted(fd),
                 Err(rustix::io::Errno::AGAIN) => return,
@@ -179,7 +182,7 @@ impl Control {
     fn drop_silent(&mut self) {
         let silent = |c: &Connection| c.session.is_none() && c.since.elapsed() >= HELLO_PATIENCE;
         let ids: Vec<u64> = self.connections.iter().filter(|(_, c)| silent(c)).map(|(id, _)| *id).collect();
-        ids.into_iter().for_each(|id| self.close(id, "it said no hello"));
+        ids.into_iter().for_each(|id| self.close(id, &Why::Fault("it said no hello".into())));
     }
 
     /// Sessions that the data plane has ended: the client is told why, and sees a hang-up.
@@ -189,7 +192,8 @@ impl Control {
             if let Some(connection) = self.connections.get(&session.0) {
                 refuse(connection.fd.as_fd(), &refused(Refusal::Protocol, why.clone()));
             }
-            self.close(session.0, &why);
+            // The data plane has said so, and counted it.
+            self.close(session.0, &Why::Told(why));
         }
     }
 
@@ -215,7 +219,7 @@ impl Control {
                 self.answer(id, message)
             }
             Err(SocketError::TimedOut) => return,
-            Err(SocketError::HangUp) => return self.close(id, "it hung up"),
+            Err(SocketError::HangUp) => return self.close(id, &Why::HungUp),
             Err(SocketError::Frame(e @ kvmp_core::wire::FrameError::Version { .. })) => {
                 Err(refused(Refusal::Version, e.to_string()))
             }
@@ -229,7 +233,7 @@ impl Control {
             if !matches!(why.refusal, Refusal::Namespace | Refusal::Full)
                 || self.connections.get(&id).is_none_or(|c| c.session.is_none())
             {
-                self.close(id, &why.message);
+                self.close(id, &Why::Fault(why.message));
             } else {
                 tracing::info!("session {id}: {}", why.message);
             }
@@ -320,14 +324,38 @@ impl Control {
         })
     }
 
-    fn close(&mut self, id: u64, why: &str) {
-        if let Some(connection) = self.connections.remove(&id) {
-            if let Some(session) = connection.session {
-                tracing::debug!("session {id} ends: {why}");
-                self.start.plane.send(Command::Detach { session });
-            } else {
-                tracing::info!("a connection ends before its hello: {why}");
+    fn close(&mut self, id: u64, why: &Why) {
+        let Some(connection) = self.connections.remove(&id) else { return };
+        let fault = matches!(why, Why::Fault(_));
+        match (connection.session, why) {
+            (Some(session), _) => {
+                if fault {
+                    tracing::warn!("session {id} is ended: {why}");
+                }
+                self.start.plane.send(Command::Detach { session, fault });
             }
+            (None, Why::Fault(_)) => tracing::info!("a connection ends before its hello: {why}"),
+            (None, _) => {}
+        }
+        tracing::debug!("connection {id} ends: {why}");
+    }
+}
+
+/// Why a connection ends.
+enum Why {
+    /// The client closed it, as every client does one day.
+    HungUp,
+    /// The client did what it may not.
+    Fault(String),
+    /// The data plane ended the session, and told the log.
+    Told(String),
+}
+
+impl std::fmt::Display for Why {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::HungUp => f.write_str("it hung up"),
+            Self::Fault(why) | Self::Told(why) => f.write_str(why),
         }
     }
 }

@@ -5,12 +5,16 @@ use std::time::Instant;
 
 use kvmp_core::ids::{EngineToken, NamespaceId, PartId};
 use kvmp_core::namespace::NamespaceSpec;
+use kvmp_core::segment::NAMESPACES;
 use kvmp_core::wire::{Hello, Opened, Refusal, Role};
 use rustix::event::epoll;
 
 use super::command::{Attach, Refused, SessionId, refused};
 use super::run::Plane;
 use super::session::Session;
+
+/// Namespaces that one session may have open: adapters and resets each take one.
+const SESSION_NAMESPACES: usize = NAMESPACES as usize / 4;
 
 impl Plane {
     fn mint(&mut self) -> EngineToken {
@@ -73,11 +77,29 @@ impl Plane {
             Some(_) => return Err(refused(Refusal::Namespace, "only a scheduler opens namespaces")),
             None => return Err(refused(Refusal::Protocol, "the session was ended")),
         }
-        let id = match self.namespaces.find(&spec.digest()) {
+        let found = self.namespaces.find(&spec.digest());
+        self.check_share(session, found)?;
+        let id = match found {
             Some(id) => id,
             None => self.open_new(session, spec)?,
         };
         self.opened(session, id)
+    }
+
+    /// One session does not take the whole table: an entry stays as long as a session has it.
+    fn check_share(&self, session: SessionId, found: Option<NamespaceId>) -> Result<(), Refused> {
+        let Some(session) = self.sessions.get(&session) else { return Ok(()) };
+        let again = found.is_some_and(|id| session.namespaces.contains(&id.0));
+        if again || session.namespaces.len() < SESSION_NAMESPACES {
+            return Ok(());
+        }
+        Err(refused(
+            Refusal::Full,
+            format!(
+                "this session has {SESSION_NAMESPACES} namespaces open, as many as one may (all engines together have \
+                 {NAMESPACES}); connect again to let go of them"
+            ),
+        ))
     }
 
     fn open_new(&mut self, session: SessionId, spec: NamespaceSpec) -> Result<NamespaceId, Refused> {

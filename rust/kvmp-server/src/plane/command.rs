@@ -59,10 +59,27 @@ pub(crate) type Reply<T> = SyncSender<Result<T, Refused>>;
 
 /// One request to the data-plane thread.
 pub(crate) enum Command {
-    Attach { attach: Box<Attach>, reply: Reply<EngineToken> },
-    Detach { session: SessionId },
-    Open { session: SessionId, spec: Box<NamespaceSpec>, reply: Reply<Box<Opened>> },
-    Join { session: SessionId, namespace: u16, digest: String, layout: serde_json::Value, reply: Reply<Box<Opened>> },
+    Attach {
+        attach: Box<Attach>,
+        reply: Reply<EngineToken>,
+    },
+    /// The connection is gone; `fault`: the client did on its socket what it may not.
+    Detach {
+        session: SessionId,
+        fault: bool,
+    },
+    Open {
+        session: SessionId,
+        spec: Box<NamespaceSpec>,
+        reply: Reply<Box<Opened>>,
+    },
+    Join {
+        session: SessionId,
+        namespace: u16,
+        digest: String,
+        layout: serde_json::Value,
+        reply: Reply<Box<Opened>>,
+    },
     ChunkBacked(ChunkId),
     BackingEnded,
     Stop,

@@ -39,6 +39,7 @@ impl Writer {
 #[derive(Debug, Default)]
 struct Engine {
     writers: Vec<Writer>,
+    /// Parts that somebody joined for who may still write them.
     joined: HashSet<PartId>,
     /// Parts whose writer is gone for good: what it had open is closed, and may be somebody else's by now. A process that
     /// came back for such a part under this token could still store under a lease of before.
@@ -102,7 +103,7 @@ impl Engines {
         }
     }
 
-    /// Whether a worker has joined for a part.
+    /// Whether a worker has joined for a part, and is not gone.
     pub fn has_joined(&self, token: EngineToken, part: PartId) -> bool {
         self.all.get(&token).is_some_and(|engine| engine.joined.contains(&part))
     }
@@ -144,6 +145,7 @@ impl Engine {
                 None => gone.push(Gone::Unjoined(token)),
                 // A worker that came back on a new session is the same writer: its parts stay open.
                 Some(part) if !self.writers.iter().any(|w| w.part == Some(part)) => {
+                    self.joined.remove(&part);
                     gone.push(Gone::Part(token, part));
                 }
                 Some(_) => {}
@@ -206,6 +208,19 @@ mod tests {
         engines.bar(E, P);
         assert!(engines.join(E, P, 2, false).unwrap_err().contains("attach anew"));
         engines.join(E, PartId(1), 3, false).unwrap();
+    }
+
+    #[test]
+    fn a_part_whose_writer_is_gone_is_closed_by_the_schedulers_entry_again() {
+        let mut engines = Engines::default();
+        engines.add(E, 0, false);
+        engines.join(E, P, 1, false).unwrap();
+        engines.join(E, PartId(1), 2, false).unwrap();
+        engines.ended(E, 1);
+        assert_eq!(engines.settle(Instant::now(), |_| true), [Gone::Part(E, P)]);
+        engines.ended(E, 0);
+        assert_eq!(engines.settle(Instant::now(), |_| true), [Gone::Unjoined(E)]);
+        assert!(!engines.has_joined(E, P) && engines.has_joined(E, PartId(1)));
     }
 
     #[test]

@@ -13,6 +13,10 @@ mod serve;
 mod session;
 mod stats;
 
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) use command::Reply;
 pub(crate) use command::{Attach, Command, Faults, PlaneHandle, Refused, SessionId, refused};
 pub(crate) use namespaces::Namespaces;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) use namespaces::hex;
 pub(crate) use run::{Plane, PlaneStart};

@@ -12,9 +12,14 @@ use rustix::fs::FallocateFlags;
 use super::command::{Refused, refused};
 use crate::segment::SegmentFile;
 
+/// Namespaces that a new one is compared with: adapters and resets make thousands of one model.
+const COMPARED: usize = 32;
+
 struct Open {
     digest: [u8; 32],
     spec: Arc<NamespaceSpec>,
+    /// Which opening of this server's it was.
+    serial: u64,
 }
 
 /// The registry; `id -> spec`, found by digest.
@@ -22,6 +27,8 @@ pub(crate) struct Namespaces {
     segment: Arc<SegmentFile>,
     by_id: HashMap<NamespaceId, Open>,
     by_digest: HashMap<[u8; 32], NamespaceId>,
+    /// Entries opened so far.
+    opened: u64,
 }
 
 /// Bytes as hex digits.
@@ -31,7 +38,7 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 
 impl Namespaces {
     pub fn new(segment: Arc<SegmentFile>) -> Self {
-        Self { segment, by_id: HashMap::new(), by_digest: HashMap::new() }
+        Self { segment, by_id: HashMap::new(), by_digest: HashMap::new(), opened: 0 }
     }
 
     pub fn len(&self) -> usize {
@@ -58,8 +65,7 @@ impl Namespaces {
             }
         }
         for (id, digest, spec) in &found {
-            self.by_digest.insert(*digest, *id);
-            self.by_id.insert(*id, Open { digest: *digest, spec: Arc::clone(spec) });
+            self.remember(*id, *digest, Arc::clone(spec));
         }
         found.into_iter().map(|(id, _, spec)| (id, spec)).collect()
     }
@@ -112,9 +118,14 @@ impl Namespaces {
         })?;
         let digest = spec.digest();
         self.segment.table.set_namespace(id, &NamespaceEntry { digest, spec: json });
-        self.by_digest.insert(digest, id);
-        self.by_id.insert(id, Open { digest, spec });
+        self.remember(id, digest, spec);
         Ok(())
+    }
+
+    fn remember(&mut self, id: NamespaceId, digest: [u8; 32], spec: Arc<NamespaceSpec>) {
+        self.opened += 1;
+        self.by_digest.insert(digest, id);
+        self.by_id.insert(id, Open { digest, spec, serial: self.opened });
     }
 
     /// Takes an entry back.
@@ -125,10 +136,12 @@ impl Namespaces {
         }
     }
 
-    /// The fields in which a new spec differs from the open one of the same model that differs least.
+    /// The fields in which a new spec differs from the one of the same model that differs least, of those opened last.
     pub fn nearest(&self, spec: &NamespaceSpec) -> Option<(NamespaceId, Vec<String>)> {
-        let same_model = self.by_id.iter().filter(|(_, open)| open.spec.model == spec.model);
-        same_model
+        let mut same_model: Vec<_> = self.by_id.iter().filter(|(_, open)| open.spec.model == spec.model).collect();
+        same_model.sort_unstable_by_key(|(_, open)| std::cmp::Reverse(open.serial));
+        let compared = same_model.into_iter().take(COMPARED);
+        compared
             .map(|(id, open)| (*id, spec.differences(&open.spec)))
             .filter(|(_, d)| !d.is_empty())
             .min_by_key(|(id, d)| (d.len(), *id))

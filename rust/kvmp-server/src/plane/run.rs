@@ -49,7 +49,7 @@ pub(crate) struct PlaneStart {
 
 /// The data-plane thread's state.
 pub(crate) struct Plane {
-    pub(super) store: BlockStore<SegmentTable>,
+    pub(crate) store: BlockStore<SegmentTable>,
     pub(super) segment: Arc<SegmentFile>,
     pub(super) namespaces: Namespaces,
     pub(super) sessions: HashMap<SessionId, Session>,
@@ -125,14 +125,19 @@ impl Plane {
     /// Serves until told to stop.
     pub fn run(mut self) {
         while !self.stopping {
-            let commanded = self.obey();
-            let served = self.round() | self.store.drain_some();
-            self.watch();
-            if !(commanded || served || self.spin()) {
+            if !(self.turn() || self.spin()) {
                 self.sleep();
             }
         }
         self.drain();
+    }
+
+    /// Commands, a slice of each session, what time has brought; whether there was anything to do.
+    pub(crate) fn turn(&mut self) -> bool {
+        let commanded = self.obey();
+        let served = self.round() | self.store.drain_some();
+        self.watch();
+        commanded || served
     }
 
     /// Before the end: what was begun is finished and what was written is committed; what is asked anew is told to wait.
@@ -292,8 +297,9 @@ impl Plane {
     fn execute(&mut self, command: Command) {
         match command {
             Command::Attach { attach, reply } => drop(reply.send(self.attach(*attach))),
-            Command::Detach { session } => {
+            Command::Detach { session, fault } => {
                 if let Some(session) = self.sessions.remove(&session) {
+                    self.counters.protocol_errors += u64::from(fault);
                     self.end(session);
                 }
             }
