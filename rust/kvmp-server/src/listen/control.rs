@@ -334,8 +334,8 @@ impl Control {
                 }
                 self.start.plane.send(Command::Detach { session, fault });
             }
-            (None, Why::Fault(_)) => tracing::info!("a connection ends before its hello: {why}"),
-            (None, _) => {}
+            // Also one that hung up: it may be a client that does not trust this server's user.
+            (None, _) => tracing::info!("a connection ends before its hello: {why}"),
         }
         tracing::debug!("connection {id} ends: {why}");
     }

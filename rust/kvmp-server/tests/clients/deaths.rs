@@ -2,8 +2,6 @@
 
 use std::collections::BTreeSet;
 
-use rustix::process::Signal;
-
 use crate::puppet::{Answer, Ask, Grant};
 use crate::support::{chain, until};
 use crate::theatre::{Cast, Theatre};
@@ -188,7 +186,7 @@ fn after_a_restart_slots_of_a_dead_worker_wait_for_the_other() {
 fn after_a_restart_slots_of_an_engine_that_died_altogether_come_back() {
     let mut scene = Scene::set("restart-all");
     // Frozen, so that it is the next server that has to find out.
-    scene.theatre.server.signal(Signal::STOP);
+    scene.theatre.server.freeze();
     scene.kill(Victims::All);
     scene.theatre.restart();
     assert_eq!(scene.theatre.stat("blocks_quarantined"), 16);

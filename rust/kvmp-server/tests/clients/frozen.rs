@@ -18,6 +18,7 @@ fn a_frozen_worker_keeps_its_slots_and_its_bytes_land_nowhere_else() {
     cast.workers[1].freeze();
     cast.scheduler.kill();
     cast.workers[0].kill();
+    until("only its own part keeps them", || theatre.unsettled() == 8);
     let kept_back = |theatre: &Theatre, hit: usize| {
         theatre.grace_passes();
         theatre.goes_on();

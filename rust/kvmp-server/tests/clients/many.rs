@@ -139,6 +139,8 @@ fn open_until_busy(theatre: &Theatre) -> usize {
     let ask = || engine.scheduler.submit_lookup(&engine.namespace, &chain(1, 20));
     let open: Vec<_> = std::iter::from_fn(|| ask().ok()).collect();
     theatre.server.signal(rustix::process::Signal::CONT);
+    // Answered after all of them.
+    engine.scheduler.ping(&patience()).unwrap();
     open.len()
 }
 

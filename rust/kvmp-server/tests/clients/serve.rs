@@ -52,6 +52,10 @@ impl Serve {
         self.dir.path().join("kvmp.sock")
     }
 
+    fn segment(&self) -> PathBuf {
+        format!("/dev/shm/{}.kvmp", self.name).into()
+    }
+
     /// A server whose log nobody reads: the reading end of the pipe, to be read later.
     pub fn mute(name: &str) -> (Self, ChildStderr) {
         let dir = tempfile::tempdir().unwrap();
@@ -99,6 +103,22 @@ impl Serve {
         let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
         names.into_iter().any(|found| found.trim() == name)
     }
+}
+
+impl Drop for Serve {
+    fn drop(&mut self) {
+        self.kill();
+        let _ = std::fs::remove_file(self.segment());
+    }
+}
+
+#[test]
+fn a_server_of_these_tests_leaves_no_file() {
+    let server = Serve::start("leaves");
+    let (segment, socket) = (server.segment(), server.socket());
+    assert!(segment.exists() && socket.exists());
+    drop(server);
+    assert!(!segment.exists() && !socket.exists());
 }
 
 /// Whether every thread of a process is stopped.
