@@ -305,7 +305,14 @@ impl Server {
             let mut backed = backed_before;
             let ended = backing.run(cold, |chunk| {
                 backed += 1;
-                plane.send(Command::ChunkBacked(chunk));
+                if segment.table.evict_strays(chunk) {
+                    plane.send(Command::ChunkBacked(chunk));
+                } else {
+                    tracing::warn!(
+                        "chunk {} is left out: its word is damaged, and some of it may still be written",
+                        chunk.0
+                    );
+                }
             });
             plane.send(Command::BackingEnded);
             if let Some(error) = growth_ended(ended, backed, &layout.geometry) {
