@@ -4,7 +4,9 @@ use xxhash_rust::xxh3::xxh3_64;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::header::SegmentHeader;
-use super::layout::{Layout, NAMESPACE_FRONT, NAMESPACES, NAMESPACES_USED, PARKED_OFFSET, holder_offset};
+use super::layout::{
+    Layout, MAX_SPEC_BYTES, NAMESPACE_FRONT, NAMESPACES, NAMESPACES_USED, PARKED_OFFSET, holder_offset,
+};
 use super::mapping::Mapping;
 use super::record::RecordCells;
 use crate::geometry::RECORD;
@@ -65,6 +67,22 @@ pub struct NamespaceEntry {
     pub digest: [u8; 32],
     /// The spec as canonical JSON.
     pub spec: String,
+}
+
+impl NamespaceEntry {
+    /// How many bytes of its place an entry takes, by its front; `None` if that makes no sense.
+    fn bytes(front: &[u8]) -> Option<usize> {
+        let (front, _) = NamespaceFront::read_from_prefix(front).ok()?;
+        (front.spec_bytes <= MAX_SPEC_BYTES as u64).then_some((NAMESPACE_FRONT + front.spec_bytes) as usize)
+    }
+
+    /// An entry from the bytes of its place; `None` where they make no sense.
+    #[must_use]
+    pub fn parse(place: &[u8]) -> Option<Self> {
+        let (front, rest) = NamespaceFront::read_from_prefix(place).ok()?;
+        let spec = rest.get(..Self::bytes(place)? - NAMESPACE_FRONT as usize)?;
+        Some(Self { digest: front.digest, spec: String::from_utf8(spec.into()).ok()? })
+    }
 }
 
 #[derive(FromBytes, IntoBytes, zerocopy::Immutable)]
@@ -221,16 +239,12 @@ impl TableMap {
         if !self.is_used(id) {
             return None;
         }
-        let (at, room) = self.layout.namespace_entry(u32::from(id.0));
-        let mut front = [0; size_of::<NamespaceFront>()];
+        let (at, _) = self.layout.namespace_entry(u32::from(id.0));
+        let mut front = [0; NAMESPACE_FRONT as usize];
         self.map.read(at, &mut front);
-        let front = NamespaceFront::read_from_bytes(&front).ok()?;
-        if front.spec_bytes > room - NAMESPACE_FRONT {
-            return None;
-        }
-        let mut spec = vec![0; front.spec_bytes as usize];
-        self.map.read(at + NAMESPACE_FRONT, &mut spec);
-        Some(NamespaceEntry { digest: front.digest, spec: String::from_utf8(spec).ok()? })
+        let mut bytes = vec![0; NamespaceEntry::bytes(&front)?];
+        self.map.read(at, &mut bytes);
+        NamespaceEntry::parse(&bytes)
     }
 
     /// Writes an entry of the namespace table (server only); its memory must be backed, its spec fit.
