@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use kvmp_core::geometry::Geometry;
 use kvmp_core::ids::{ChunkId, SlotId};
-use kvmp_core::segment::Layout;
+use kvmp_core::segment::{Layout, SegmentHeader};
 
 use crate::attached::Attached;
 use crate::image::{Dice, Image, Region};
@@ -224,4 +224,49 @@ fn a_record_that_was_evicted_does_not_come_back_by_a_flipped_state() {
     let served = start_small(&house);
     assert_eq!(SMALL.hits(&house), 0);
     assert!(served.log().contains("60 dropped"), "{}", served.log());
+}
+
+/// Recoveries begun and not finished, as the header has them.
+fn recoveries_begun(file: &std::fs::File) -> u64 {
+    let mut header = [0; SegmentHeader::BYTES];
+    file.read_exact_at(&mut header, 0).unwrap();
+    SegmentHeader::parse(&header).unwrap().recoveries_begun
+}
+
+/// Starts a server and kills it while it recovers; false if it was faster.
+fn killed_in_recovery(house: &House, file: &std::fs::File) -> bool {
+    let before = recoveries_begun(file);
+    let mut served = house.spawn(&["--size", "64MiB"]);
+    until("it begins to recover", || recoveries_begun(file) != before || served.log().contains("ready:"));
+    served.kill();
+    recoveries_begun(file) == before + 1
+}
+
+#[test]
+fn a_third_recovery_in_a_row_that_would_fail_is_not_tried() {
+    let house = House::new();
+    let mut served = house.start(&["--size", "64MiB"]);
+    let engine = Attached::new(&house.endpoint(), &spec("m", &[4096]), None).unwrap();
+    until("the arena is backed", || engine.stats()["warming"] == false);
+    // Enough to recover that the kill comes in the middle.
+    for seed in 0..8 {
+        assert_eq!(engine.store(&chain(seed, 2000)).unwrap(), 2000);
+    }
+    served.kill();
+    drop(engine);
+    let (file, inode) = (house.file(), house.inode());
+    // One that dies counts; one that goes through makes good for it.
+    until("a recovery is killed", || killed_in_recovery(&house, &file));
+    let mut served = house.start(&["--size", "64MiB"]);
+    let engine = Attached::new(&house.endpoint(), &spec("m", &[4096]), None).unwrap();
+    assert_eq!((recoveries_begun(&file), engine.hit(&chain(0, 2000)).unwrap()), (0, 2000));
+    served.kill();
+    until("two in a row are killed", || killed_in_recovery(&house, &file) && recoveries_begun(&file) == 2);
+    assert_eq!(house.inode(), inode);
+    let mut served = house.start(&["--size", "64MiB"]);
+    assert!(served.log().contains("new, empty one: 2 recoveries in a row did not finish"), "{}", served.log());
+    assert_ne!(house.inode(), inode);
+    let engine = Attached::new(&house.endpoint(), &spec("m", &[4096]), None).unwrap();
+    assert_eq!(engine.hit(&chain(0, 2000)).unwrap(), 0);
+    assert!(served.is_running());
 }
