@@ -13,7 +13,7 @@ use crate::ids::{GroupId, PartId};
 use crate::wire::LOOKUP_MAX;
 
 /// Version of the slot and part layout; part of every digest and of the segment header.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 /// Alignment of a part within its slot, bytes.
 pub const PART_ALIGN: u64 = 64;
 

@@ -17,6 +17,7 @@ mod error;
 #[doc(hidden)]
 #[allow(clippy::unwrap_used, missing_docs, reason = "tests, in a form that a fuzzer can run")]
 pub mod fuzz;
+mod growth;
 #[cfg(test)]
 #[path = "../tests/kill_anywhere/mod.rs"]
 mod kill_anywhere;

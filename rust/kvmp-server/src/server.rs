@@ -13,14 +13,14 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use crate::config::{ConfigSource, ServerConfig};
 use crate::error::{Context, ServerError};
+use crate::growth::{growth_ended, no_room};
 use crate::limits::{Sources, bounds, tightest_total};
 use crate::listen::{BoundSocket, Control, ControlStart, Rendezvous};
 use crate::plane::{Command, Faults, Namespaces, Plane, PlaneHandle, PlaneStart};
 use crate::process::WatchedProcess;
 use crate::recovery::{Recovery, recover};
-use crate::segment::backing::{Backing, Ended};
+use crate::segment::backing::Backing;
 use crate::segment::{Claim, FileState, Found, HolderLocks, SegmentFile, SegmentTable};
-use crate::size::Bytes;
 use crate::upgrade;
 
 /// Settings for a server to be, by name; what is not set has its default.
@@ -305,7 +305,14 @@ impl Server {
             let mut backed = backed_before;
             let ended = backing.run(cold, |chunk| {
                 backed += 1;
-                plane.send(Command::ChunkBacked(chunk));
+                if segment.table.evict_strays(chunk) {
+                    plane.send(Command::ChunkBacked(chunk));
+                } else {
+                    tracing::warn!(
+                        "chunk {} is left out: its word is damaged, and some of it may still be written",
+                        chunk.0
+                    );
+                }
             });
             plane.send(Command::BackingEnded);
             if let Some(error) = growth_ended(ended, backed, &layout.geometry) {
@@ -388,40 +395,6 @@ impl Drop for Server {
         }
         if self.config.ephemeral {
             self.segment.unlink();
-        }
-    }
-}
-
-fn no_room(geometry: &Geometry, bound: crate::limits::Bound) -> ServerError {
-    ServerError::NoRoom { chunk: geometry.chunk_bytes, what: bound.what, free: bound.free, mend: bound.mend }
-}
-
-/// One warning when the arena stays smaller than asked for; an error when there is nothing at all.
-fn growth_ended(ended: Ended, backed: usize, geometry: &Geometry) -> Option<ServerError> {
-    let have = Bytes(backed as u64 * geometry.chunk_bytes);
-    let asked = Bytes(geometry.arena_bytes());
-    match ended {
-        Ended::Complete => {
-            tracing::info!("all {asked} are backed");
-            None
-        }
-        Ended::Stopped => None,
-        Ended::NoRoom(bound) if backed == 0 => Some(no_room(geometry, bound)),
-        Ended::NoRoom(bound) => {
-            tracing::warn!(
-                "the arena stays at {have} of {asked}: {} has {} free; {}",
-                bound.what,
-                Bytes(bound.free),
-                bound.mend
-            );
-            None
-        }
-        Ended::Failed(source) if backed == 0 => {
-            Some(ServerError::Os { what: "backing the first chunk".into(), source })
-        }
-        Ended::Failed(e) => {
-            tracing::warn!("the arena stays at {have} of {asked}: {e}");
-            None
         }
     }
 }

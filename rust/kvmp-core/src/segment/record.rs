@@ -2,7 +2,7 @@
 //!
 //! Written by the server only. Order, with a Release fence between the steps, so that a SIGKILL at any
 //! instruction leaves each record whole or not Ready:
-//! grant: word = Writing(g+1), fields. commit: check, word = Ready. evict: word = Free.
+//! grant: word = Writing(g+1), fields. commit: check, word = Ready. evict: word = Free, no check.
 
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -71,9 +71,11 @@ impl RecordCells<'_> {
         word
     }
 
-    /// -> Free, generation kept.
+    /// -> Free, generation kept. Then the check goes: a bit that flips must not make a block of it again, whose bytes
+    /// another slot size may have written over.
     pub fn evict(&self) {
         self.set_word(self.word().with_state(SlotState::Free));
+        self.0[SEAL].store(self.get(SEAL) & 0xffff_ffff, Ordering::Relaxed);
     }
 
     /// Notes a hit.
@@ -156,6 +158,7 @@ mod tests {
         assert!(record.read().whole);
         record.evict();
         assert_eq!(record.word(), SlotWord::new(1, SlotState::Free));
+        assert!(!record.read().whole, "nothing is left to come back");
         record.grant(&identity());
         assert_ne!(record.commit(), ready);
     }

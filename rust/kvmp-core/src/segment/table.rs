@@ -1,14 +1,18 @@
 //! Header, chunk words, records and namespace table of a mapped segment.
 
+use xxhash_rust::xxh3::xxh3_64;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::header::SegmentHeader;
-use super::layout::{Layout, NAMESPACE_FRONT, NAMESPACES, NAMESPACES_USED, PARKED_OFFSET, holder_offset};
+use super::layout::{
+    Layout, MAX_SPEC_BYTES, NAMESPACE_FRONT, NAMESPACES, NAMESPACES_USED, PARKED_OFFSET, holder_offset,
+};
 use super::mapping::Mapping;
 use super::record::RecordCells;
 use crate::geometry::RECORD;
 use crate::ids::{ChunkId, NamespaceId, PartId, SlotId};
 use crate::slot::PartSum;
+use crate::slot::SlotState::{Free, Ready};
 use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// What a chunk's word says: which pages a slot of it has, and whether its memory is there.
@@ -25,25 +29,35 @@ pub enum ChunkWord {
 }
 
 impl ChunkWord {
-    fn to_u64(self) -> u64 {
-        match self {
-            Self::Cold => 0,
-            Self::Free => 1,
-            Self::Assigned(pages) => 2 | u64::from(pages) << 32,
-            Self::Draining(pages) => 3 | u64::from(pages) << 32,
-        }
+    /// `kind 8, seal 24, pages 32`; all zero is Cold, as a new file has it.
+    fn to_u64(self, chunk: ChunkId) -> u64 {
+        let (kind, pages) = match self {
+            Self::Cold => return 0,
+            Self::Free => (1, 0),
+            Self::Assigned(pages) => (2, pages),
+            Self::Draining(pages) => (3, pages),
+        };
+        u64::from(pages) << 32 | seal(chunk, kind, pages) << 8 | kind
     }
 
-    fn from_u64(raw: u64) -> Option<Self> {
+    fn from_u64(raw: u64, chunk: ChunkId) -> Option<Self> {
         let pages = (raw >> 32) as u32;
-        match raw as u32 {
-            0 => Some(Self::Cold),
-            1 => Some(Self::Free),
-            2 => Some(Self::Assigned(pages)),
-            3 => Some(Self::Draining(pages)),
-            _ => None,
-        }
+        let word = match raw as u8 {
+            0 => Self::Cold,
+            1 => Self::Free,
+            2 => Self::Assigned(pages),
+            3 => Self::Draining(pages),
+            _ => return None,
+        };
+        (word.to_u64(chunk) == raw).then_some(word)
     }
+}
+
+/// 24 bits that a word is not likely to have which the server did not write: taken for another chunk's, or another size's,
+/// its records would name blocks that lie elsewhere.
+fn seal(chunk: ChunkId, kind: u64, pages: u32) -> u64 {
+    let said = [u64::from(chunk.0), kind | u64::from(pages) << 32];
+    xxh3_64(said.as_bytes()) >> 40
 }
 
 /// An entry of the namespace table.
@@ -53,6 +67,22 @@ pub struct NamespaceEntry {
     pub digest: [u8; 32],
     /// The spec as canonical JSON.
     pub spec: String,
+}
+
+impl NamespaceEntry {
+    /// How many bytes of its place an entry takes, by its front; `None` if that makes no sense.
+    fn bytes(front: &[u8]) -> Option<usize> {
+        let (front, _) = NamespaceFront::read_from_prefix(front).ok()?;
+        (front.spec_bytes <= MAX_SPEC_BYTES as u64).then_some((NAMESPACE_FRONT + front.spec_bytes) as usize)
+    }
+
+    /// An entry from the bytes of its place; `None` where they make no sense.
+    #[must_use]
+    pub fn parse(place: &[u8]) -> Option<Self> {
+        let (front, rest) = NamespaceFront::read_from_prefix(place).ok()?;
+        let spec = rest.get(..Self::bytes(place)? - NAMESPACE_FRONT as usize)?;
+        Some(Self { digest: front.digest, spec: String::from_utf8(spec.into()).ok()? })
+    }
 }
 
 #[derive(FromBytes, IntoBytes, zerocopy::Immutable)]
@@ -121,15 +151,30 @@ impl TableMap {
         (0..u64::from(count)).map(move |index| RecordCells(self.map.u64s_at(first + index * RECORD)))
     }
 
-    /// A chunk's word; `None` when it holds nothing known.
+    /// A chunk's word; `None` when it holds nothing that a server wrote.
     #[must_use]
     pub fn chunk(&self, chunk: ChunkId) -> Option<ChunkWord> {
-        ChunkWord::from_u64(self.map.u64_at(self.layout.chunk_word(chunk)).load(Ordering::Acquire))
+        ChunkWord::from_u64(self.map.u64_at(self.layout.chunk_word(chunk)).load(Ordering::Acquire), chunk)
+    }
+
+    /// Evicts what the records of a chunk still name that has just got its memory (server only): it was Cold, so that can
+    /// only be there by damage to its word. False where somebody may still be writing: then nobody may be given a slot.
+    #[must_use]
+    pub fn evict_strays(&self, chunk: ChunkId) -> bool {
+        let records = self.records(chunk, self.layout.geometry.chunk_pages());
+        let mut strays = records.filter(|record| record.word().state() != Ok(Free));
+        strays.all(|record| {
+            let is_ready = record.word().state() == Ok(Ready);
+            if is_ready {
+                record.evict();
+            }
+            is_ready
+        })
     }
 
     /// Sets a chunk's word (server only).
     pub fn set_chunk(&self, chunk: ChunkId, word: ChunkWord) {
-        self.map.u64_at(self.layout.chunk_word(chunk)).store(word.to_u64(), Ordering::Release);
+        self.map.u64_at(self.layout.chunk_word(chunk)).store(word.to_u64(chunk), Ordering::Release);
         fence(Ordering::Release);
     }
 
@@ -194,16 +239,12 @@ impl TableMap {
         if !self.is_used(id) {
             return None;
         }
-        let (at, room) = self.layout.namespace_entry(u32::from(id.0));
-        let mut front = [0; size_of::<NamespaceFront>()];
+        let (at, _) = self.layout.namespace_entry(u32::from(id.0));
+        let mut front = [0; NAMESPACE_FRONT as usize];
         self.map.read(at, &mut front);
-        let front = NamespaceFront::read_from_bytes(&front).ok()?;
-        if front.spec_bytes > room - NAMESPACE_FRONT {
-            return None;
-        }
-        let mut spec = vec![0; front.spec_bytes as usize];
-        self.map.read(at + NAMESPACE_FRONT, &mut spec);
-        Some(NamespaceEntry { digest: front.digest, spec: String::from_utf8(spec).ok()? })
+        let mut bytes = vec![0; NamespaceEntry::bytes(&front)?];
+        self.map.read(at, &mut bytes);
+        NamespaceEntry::parse(&bytes)
     }
 
     /// Writes an entry of the namespace table (server only); its memory must be backed, its spec fit.
@@ -223,5 +264,25 @@ impl TableMap {
         let (word, bit) = self.namespace_bit(id);
         word.fetch_and(!bit, Ordering::Release);
         fence(Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chunk_word_is_read_as_it_was_written_and_no_other() {
+        let chunk = ChunkId(7);
+        for word in [ChunkWord::Free, ChunkWord::Assigned(3), ChunkWord::Draining(3), ChunkWord::Assigned(262_144)] {
+            let raw = word.to_u64(chunk);
+            assert_eq!(ChunkWord::from_u64(raw, chunk), Some(word));
+            assert_eq!(ChunkWord::from_u64(raw, ChunkId(8)), None, "another chunk's");
+            for bit in 0..64 {
+                assert_eq!(ChunkWord::from_u64(raw ^ 1 << bit, chunk), None, "{word:?} bit {bit}");
+            }
+        }
+        assert_eq!(ChunkWord::from_u64(0, chunk), Some(ChunkWord::Cold));
+        assert_eq!((ChunkWord::from_u64(1, chunk), ChunkWord::from_u64(2 | 3 << 32, chunk)), (None, None));
     }
 }

@@ -1,6 +1,7 @@
 //! Open namespaces: their ids, digests and specs, and the table in the segment that outlives the server.
 
 use std::collections::HashMap;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use kvmp_core::ids::NamespaceId;
@@ -55,7 +56,7 @@ impl Namespaces {
         let table = &self.segment.table;
         let mut found = Vec::new();
         for id in table.namespaces() {
-            let spec = table.namespace(id).and_then(|entry| {
+            let spec = self.entry(id).and_then(|entry| {
                 let spec = NamespaceSpec::from_json(&entry.spec).ok()?;
                 (spec.digest() == entry.digest).then_some((entry.digest, Arc::new(spec)))
             });
@@ -68,6 +69,15 @@ impl Namespaces {
             self.remember(*id, *digest, Arc::clone(spec));
         }
         found.into_iter().map(|(id, _, spec)| (id, spec)).collect()
+    }
+
+    /// An entry as the file has it. Not through the mapping: damage may say that one is used which has no memory, and to
+    /// touch it would take that from a file system that may have none left.
+    fn entry(&self, id: NamespaceId) -> Option<NamespaceEntry> {
+        let (at, len) = self.segment.table.layout().namespace_entry(u32::from(id.0));
+        let mut place = vec![0; len as usize];
+        self.segment.file().read_exact_at(&mut place, at).ok()?;
+        NamespaceEntry::parse(&place)
     }
 
     /// The id of a digest, if it is open.

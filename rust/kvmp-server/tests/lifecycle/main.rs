@@ -7,7 +7,9 @@ mod support;
 
 mod attached;
 mod clock;
+mod damage;
 mod file;
+mod image;
 mod load;
 mod restarts;
 mod room;

@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use kvmp_client::{Bound, Client, ClientError, ConnectOptions};
 use kvmp_core::wire::Role;
 
+use crate::attached::Attached;
 use crate::load::{Load, filled, more_rounds};
 use crate::served::House;
-use crate::support::{chain, until};
+use crate::support::{chain, spec, until};
 
 const RESTARTS: usize = 10;
 
@@ -47,4 +48,23 @@ fn engines_come_back_to_the_old_bytes_each_time_fast_or_slow() {
     drop(engine);
     until("nothing is held back", || again.stat("blocks_quarantined") + again.stat("blocks_writing") == 0);
     assert_eq!(again.stat("read_leases") + again.stat("pins"), 0);
+}
+
+#[test]
+fn more_namespaces_than_have_memory_from_the_start_come_back() {
+    let house = House::new();
+    let (mut served, engine) = filled(&house, &[]);
+    let long = "x".repeat(9000);
+    let specs: Vec<_> = (0..20).map(|i| spec(&format!("model {i} {long}"), &[9000])).collect();
+    for spec in &specs {
+        let other = Attached::new(&house.endpoint(), spec, None).unwrap();
+        assert_eq!(other.store(&chain(3, 5)).unwrap(), 5);
+    }
+    served.kill();
+    served = house.start(&[]);
+    assert!(served.log().contains("150 blocks kept, 0 dropped"), "{}", served.log());
+    for spec in &specs {
+        assert_eq!(Attached::new(&house.endpoint(), spec, None).unwrap().hit(&chain(3, 5)).unwrap(), 5);
+    }
+    assert_eq!(engine.again(&house.endpoint()).hit(&chain(1, 50)).unwrap(), 50);
 }
