@@ -98,7 +98,7 @@ class EngineProcess:
 
         from . import connector_counters
 
-        totals = dict(connector_counters.totals)
+        totals = {f"kvmp_{name}": value for name, value in connector_counters.totals.data.items()}
         for metric in get_metrics_snapshot():
             if isinstance(metric, Counter):
                 name = metric.name.removeprefix("vllm:")

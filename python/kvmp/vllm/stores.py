@@ -132,7 +132,11 @@ class Stores:
                 return False
             state.store_closed = True
             self._link.mark_lost(namespace.session)
-            raise
+            if not isinstance(error, errors.ServerLost):
+                raise
+            # No fault to report here: the link warns of it, once.
+            self._stats.add("errors")
+            return False
         self._reserving.append(_Reserving(state, namespace, block_ids, pending, self._clock()))
         return True
 
