@@ -115,6 +115,10 @@ class Engine:
         """Empty the engine's own prefix cache, and with ``connector`` tell the connector so."""
         return bool(self._ask("reset", connector=connector).result(ANSWER_S)["done"])
 
+    def pause(self) -> None:
+        """Pause as for a weight update, which aborts what runs and empties every cache, and go on."""
+        self._ask("pause").result(ANSWER_S)
+
     def counters(self) -> dict[str, int]:
         """vLLM's own, without their prefix (``num_preemptions``), and the connector's (``kvmp_loaded_blocks``)."""
         return self._ask("counters").result(ANSWER_S)["counters"]

@@ -1,6 +1,6 @@
 """The process of one real vLLM engine, driven by JSON lines: `python -m demo.engine_process CONFIG`.
 
-In: `{"id", "do": "submit" | "abort" | "counters" | "reset", ...}`, one a line; end of input ends the engine.
+In: `{"id", "do": "submit" | "abort" | "counters" | "reset" | "pause", ...}`, one a line; end of input ends the engine.
 Out: `{"id", ...answer}` or `{"id", "error"}`, in any order; first of all `{"id": 0}`, once the engine is up.
 Whatever vLLM and its children print goes to stderr.
 """
@@ -36,6 +36,7 @@ class EngineProcess:
             "abort": self._abort,
             "counters": self._counters,
             "reset": self._reset,
+            "pause": self._pause,
         }
 
     async def serve(self) -> None:
@@ -107,6 +108,11 @@ class EngineProcess:
 
     async def _reset(self, connector: bool = False) -> dict[str, Any]:
         return {"done": await self._engine.reset_prefix_cache(reset_connector=connector)}
+
+    async def _pause(self) -> dict[str, Any]:
+        await self._engine.pause_generation(mode="abort", clear_cache=True)
+        await self._engine.resume_generation()
+        return {}
 
     def _say(self, answer: dict[str, Any]) -> None:
         os.write(self._answers, json.dumps(answer).encode() + b"\n")

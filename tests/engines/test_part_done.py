@@ -6,7 +6,6 @@ Every test first sees that a block of the copy has passed the gate, and that ano
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -18,35 +17,21 @@ from tests.engines.harness import (
     BLOCK,
     NEW_TOKENS,
     Reference,
-    await_backing,
     forget,
     random_prompt,
     stats,
     until,
 )
+from tests.engines.successors import Successors
 
 BLOCKS = 10
 TOKENS = BLOCKS * BLOCK + 5
 CYCLE = 8  # prompts of so many tokens that take every slot of the arena anew
 
 
-@dataclass(frozen=True)
-class Restartable:
-    """Servers one after another on one segment and one socket."""
-
-    folder: Path
-
-    def start(self) -> kvmp.Server:
-        # 32 slots of 128 KiB: what is evicted is granted again at once
-        name, socket = f"part-done-{self.folder.name}", self.folder / "kvmp.sock"
-        server = kvmp.launch("4MiB", chunk="2MiB", name=name, socket=socket)
-        await_backing(server)
-        return server
-
-
 @dataclass
 class Scene:
-    successors: Restartable
+    successors: Successors
     server: kvmp.Server
     held: Engine
     """Its copies stop at the gate."""
@@ -115,7 +100,7 @@ class Scene:
 @pytest.fixture(scope="module")
 def scene(start_engine: StartEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     folder = tmp_path_factory.mktemp("scene")
-    gate, successors = Gate(folder), Restartable(folder)
+    gate, successors = Gate(folder), Successors("part-done", folder)
     first = successors.start()
     held = start_engine(endpoint=first.endpoint, connector_module="tests.engines.held_copies", env=gate.environment)
     free = start_engine(endpoint=first.endpoint)

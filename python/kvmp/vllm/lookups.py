@@ -91,7 +91,9 @@ class Lookups:
             self._settle(state, lease)
         if state.answer is not None:
             return True
-        if now - state.asked_at < self._options.timeout_s:
+        held = now - state.asked_at
+        if held < self._options.timeout_s:
+            self._stats.raise_to("longest_hold_us", round(held * 1e6))
             return False
         self._stats.add("lookup_timeouts")
         if state.pending is None:
@@ -151,7 +153,5 @@ class Lookups:
 
     def _end_hold(self, state: RequestState, now: float) -> None:
         if state.asked_at is not None:
-            held_us = round((now - state.asked_at) * 1e6)
-            self._stats.add("lookup_wait_us", held_us)
-            self._stats.raise_to("longest_hold_us", held_us)
+            self._stats.add("lookup_wait_us", round((now - state.asked_at) * 1e6))
             state.asked_at = None

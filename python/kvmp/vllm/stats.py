@@ -12,7 +12,7 @@ COUNTERS = (
     "lookups",  # lookups sent
     "lookup_timeouts",  # lookups given up after kvmp.timeout_ms
     "lookup_wait_us",  # how long requests were held back for an answer; no call waited
-    "longest_hold_us",  # the longest of that
+    "longest_hold_us",  # the latest that a request was told to wait on, from when vLLM first asked for it
     "hit_tokens",  # tokens an answer offered
     "loaded_tokens",
     "loaded_blocks",
