@@ -23,6 +23,7 @@ from tests.engines.harness import (
     until,
 )
 from tests.engines.successors import Successors
+from tests.stopping import stopped
 
 BLOCKS = 10
 TOKENS = BLOCKS * BLOCK + 5
@@ -71,12 +72,19 @@ class Scene:
     def cycle_arena(self, reference: Reference) -> None:
         """Have the other engine fill every slot with other KV, all of it right."""
         before = stats(self.server)["evictions"]
-        for number in range(CYCLE):
+        self.answer_cycle(reference)
+        assert stats(self.server)["evictions"] > before
+
+    def answer_cycle(self, reference: Reference, last: int = CYCLE) -> int:
+        """The last prompts of a cycle, rightly answered; how many of their tokens were found."""
+        found = 0
+        for number in range(CYCLE - last, CYCLE):
             prompt = random_prompt(f"cycle {number}", TOKENS)
             (output,) = self.free.generate([prompt], NEW_TOKENS)
             assert output.tokens == reference.tokens(prompt)
+            found += output.cached_tokens
             forget(self.free)
-        assert stats(self.server)["evictions"] > before
+        return found
 
     def assert_right(self, prompt: list[int], reference: Reference) -> None:
         """Both engines answer rightly, whatever kvmp has for them by now."""
@@ -161,6 +169,24 @@ def test_server_killed_in_mid_store(scene: Scene, reference: Reference) -> None:
     assert scene.gate.passed("store") < BLOCKS
     scene.gate.open()
     assert pending.result().tokens == reference.tokens(prompt)
+    scene.assert_nothing_open()
+    scene.assert_right(prompt, reference)
+
+
+def test_worker_stopped_in_mid_store_over_a_restart(scene: Scene, reference: Reference) -> None:
+    """Longer than every bound of a call: its slots stay its own, the other goes on, and its bytes land nowhere else."""
+    prompt = random_prompt("worker stopped", TOKENS)
+    pending = scene.begin_store(prompt)
+    with stopped(scene.held.process_named("VLLM::Worker").pid):
+        scene.restart_server()
+        open_slots = scene.open_slots()
+        assert open_slots > 0
+        scene.cycle_arena(reference)
+        assert scene.open_slots() == open_slots
+    assert scene.gate.passed("store") < BLOCKS
+    scene.gate.open()
+    assert pending.result().tokens == reference.tokens(prompt)
+    assert scene.answer_cycle(reference, last=2) > 0
     scene.assert_nothing_open()
     scene.assert_right(prompt, reference)
 

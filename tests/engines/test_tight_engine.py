@@ -94,11 +94,9 @@ def test_abort_of_a_request_that_still_waits_for_room(tight: Tight) -> None:
     until(lambda: engine.counters()["generation_tokens"] > generated, "the first request runs")
     waiting = engine.submit(prompt, NEW_TOKENS)
     until(lambda: stats(server)["read_leases"], "the second request's lookup answered")
-    lookups = engine.counters()["kvmp_lookups"]
     behind = [engine.submit(prompt[: 2 * BLOCK + 3], 500) for _ in range(200)]
     until(lambda: stats(server)["read_leases"] == 201, "their lookups answered too")
     assert stats(server)["pins"] == 201  # each of its path's tip
-    until(lambda: engine.counters()["kvmp_lookups"] == lookups + 200, "two hundred lookups")
     for request in behind:
         engine.abort(request)
     assert {request.result().finish for request in behind} == {"abort"}
