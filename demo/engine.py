@@ -97,11 +97,21 @@ class Engine:
     # ---- requests
 
     def submit(
-        self, prompt: list[int], max_tokens: int = 16, *, salt: str | None = None, adapter: str | None = None
+        self,
+        prompt: list[int],
+        max_tokens: int = 16,
+        *,
+        salt: str | None = None,
+        adapter: str | None = None,
+        adapter_edition: int = 0,
     ) -> Pending:
-        """Start a request with greedy sampling; any number may be under way. ``adapter``: folder of a LoRA adapter."""
+        """Start a request with greedy sampling; any number may be under way.
+
+        ``adapter``: folder of a LoRA adapter, whose name is the folder's; vLLM reads it once an ``adapter_edition``.
+        """
         request = f"request-{next(self._numbers)}"
-        answer = self._ask("submit", request=request, prompt=prompt, max_tokens=max_tokens, salt=salt, adapter=adapter)
+        lora = [adapter, adapter_edition] if adapter else None
+        answer = self._ask("submit", request=request, prompt=prompt, max_tokens=max_tokens, salt=salt, adapter=lora)
         return Pending(request, answer)
 
     def generate(self, prompts: list[list[int]], max_tokens: int = 16) -> list[Output]:
