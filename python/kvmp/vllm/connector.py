@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 
 from kvmp.config import ConnectorConfig
 from kvmp.vllm import compat, unreachable, version
-from kvmp.vllm.guard import Guard
+from kvmp.vllm.guard import Guard, harmless
 from kvmp.vllm.metadata import PartMeta, StepMeta, WorkerReport
 from kvmp.vllm.scheduler import SchedulerSide
 from kvmp.vllm.stats import KvmpStats
@@ -82,8 +82,8 @@ class KvmpConnector(KVConnectorBase_V1):
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KvmpStats:
-        """The counters of another process as an object again."""
-        return KvmpStats(data)
+        """The counters of another process as an object again; none at all rather than an error in the front end."""
+        return harmless("build_kv_connector_stats", lambda: KvmpStats(data), KvmpStats, logger)
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
@@ -177,7 +177,12 @@ class KvmpConnector(KVConnectorBase_V1):
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
         """The same for an engine without pipeline stages."""
-        self.set_xfer_handshake_metadata_pp_aware({(0, tp_rank): part for tp_rank, part in metadata.items()})
+        if (side := self._scheduler) is not None:
+            self._guard.run(
+                "set_xfer_handshake_metadata",
+                lambda: side.set_parts({(0, tp_rank): part for tp_rank, part in metadata.items()}),
+                None,
+            )
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         """Uses the engine's block pool to pin what is being stored."""

@@ -18,6 +18,17 @@ T = TypeVar("T")
 ENDS_THE_PROCESS = (KeyboardInterrupt, SystemExit)
 
 
+def harmless(entry: str, call: Callable[[], T], fallback: Callable[[], T], logger: logging.Logger) -> T:
+    """`call()`, or `fallback()` when it raises: for what vLLM asks of the class, where nothing is counted."""
+    try:
+        return call()
+    except ENDS_THE_PROCESS:
+        raise
+    except BaseException as error:
+        logger.warning("kvmp: %s failed (%s: %s)", entry, type(error).__name__, error)
+        return fallback()
+
+
 class Guard:
     """Runs entry points, and keeps what they cost and how they failed."""
 

@@ -177,10 +177,10 @@ class Stores:
         return None, True
 
     def _give_up(self, reserving: _Reserving) -> None:
-        reserving.pending.abandon()
         self.pins.unpin(reserving.block_ids)
         self._close(reserving)
         self._stats.add("refused_store_blocks", len(reserving.block_ids))
+        reserving.pending.abandon()
 
     def _close(self, reserving: _Reserving) -> None:
         if reserving.state.namespace is reserving.namespace:
@@ -236,10 +236,10 @@ class Stores:
 
     def _end(self, job_id: int, copying: _Copying) -> None:
         del self._copying[job_id]
+        self.pins.unpin(copying.block_ids)
         stored = min(copying.committed.values())
         self._stats.add("stored_blocks", stored)
         self._stats.add("failed_store_blocks", len(copying.block_ids) - stored)
-        self.pins.unpin(copying.block_ids)
 
     def void(self) -> None:
         """A reset: nothing begun before it may be found later."""
