@@ -121,8 +121,9 @@ def moved_model(e):
     model(model=str(e.folder / "moved"))(e)
 
 
-def version(major, minor):
-    return lambda e: e.patch.setattr(compat, "VERSION", (major, minor))
+def next_version(e):
+    major, minor = compat.VERSION
+    e.patch.setattr(compat, "VERSION", (major, minor + 1))
 
 
 def group(**fields):
@@ -159,7 +160,7 @@ CHANGES = {
         "facts.workers.kv_cache_layout",
         lambda e: setattr(e.cache, "kv_cache_layout", "LBNHC"),
     ),
-    "vLLM's major.minor": ("facts.vllm", version(0, 99)),
+    "vLLM's major.minor": ("facts.vllm", next_version),
     "block size": ("facts.cache.block_size", cache(block_size=8)),
     "tokens of a hash": ("facts.cache.block_tokens", lambda e: setattr(e.cache, "hash_block_size", 8)),
     "bytes of a part": (
