@@ -4,8 +4,10 @@ from typing import Any
 
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-totals: dict[str, int] = {}
-"""Sums since the start, under `kvmp_` and the counter's name."""
+from kvmp.vllm.stats import KvmpStats
+
+totals = KvmpStats()
+"""Everything since the start."""
 
 
 class ConnectorCounters(StatLoggerBase):
@@ -15,8 +17,8 @@ class ConnectorCounters(StatLoggerBase):
         pass
 
     def record(self, scheduler_stats: Any, *_args: Any, **_options: Any) -> None:
-        for name, amount in ((scheduler_stats and scheduler_stats.kv_connector_stats) or {}).items():
-            totals[f"kvmp_{name}"] = totals.get(f"kvmp_{name}", 0) + amount
+        if counted := scheduler_stats and scheduler_stats.kv_connector_stats:
+            totals.aggregate(KvmpStats(counted))
 
     def log_engine_initialized(self) -> None:
         pass

@@ -97,11 +97,21 @@ class Engine:
     # ---- requests
 
     def submit(
-        self, prompt: list[int], max_tokens: int = 16, *, salt: str | None = None, adapter: str | None = None
+        self,
+        prompt: list[int],
+        max_tokens: int = 16,
+        *,
+        salt: str | None = None,
+        adapter: str | None = None,
+        adapter_edition: int = 0,
     ) -> Pending:
-        """Start a request with greedy sampling; any number may be under way. ``adapter``: folder of a LoRA adapter."""
+        """Start a request with greedy sampling; any number may be under way.
+
+        ``adapter``: folder of a LoRA adapter, whose name is the folder's; vLLM reads it once an ``adapter_edition``.
+        """
         request = f"request-{next(self._numbers)}"
-        answer = self._ask("submit", request=request, prompt=prompt, max_tokens=max_tokens, salt=salt, adapter=adapter)
+        lora = [adapter, adapter_edition] if adapter else None
+        answer = self._ask("submit", request=request, prompt=prompt, max_tokens=max_tokens, salt=salt, adapter=lora)
         return Pending(request, answer)
 
     def generate(self, prompts: list[list[int]], max_tokens: int = 16) -> list[Output]:
@@ -114,6 +124,10 @@ class Engine:
     def reset(self, *, connector: bool = False) -> bool:
         """Empty the engine's own prefix cache, and with ``connector`` tell the connector so."""
         return bool(self._ask("reset", connector=connector).result(ANSWER_S)["done"])
+
+    def pause(self) -> None:
+        """Pause as for a weight update, which aborts what runs and empties every cache, and go on."""
+        self._ask("pause").result(ANSWER_S)
 
     def counters(self) -> dict[str, int]:
         """vLLM's own, without their prefix (``num_preemptions``), and the connector's (``kvmp_loaded_blocks``)."""

@@ -1,6 +1,6 @@
 """The process of one real vLLM engine, driven by JSON lines: `python -m demo.engine_process CONFIG`.
 
-In: `{"id", "do": "submit" | "abort" | "counters" | "reset", ...}`, one a line; end of input ends the engine.
+In: `{"id", "do": "submit" | "abort" | "counters" | "reset" | "pause", ...}`, one a line; end of input ends the engine.
 Out: `{"id", ...answer}` or `{"id", "error"}`, in any order; first of all `{"id": 0}`, once the engine is up.
 Whatever vLLM and its children print goes to stderr.
 """
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from .engine_config import EngineConfig
@@ -30,12 +31,13 @@ class EngineProcess:
         self._engine = AsyncLLM.from_engine_args(args, stat_loggers=[ConnectorCounters])
         self._answers = answers
         self._requests: dict[str, asyncio.Task[None]] = {}
-        self._adapters: dict[str, int] = {}
+        self._adapters: dict[tuple[str, int], int] = {}
         self._commands = {
             "submit": self._submit,
             "abort": self._abort,
             "counters": self._counters,
             "reset": self._reset,
+            "pause": self._pause,
         }
 
     async def serve(self) -> None:
@@ -57,7 +59,7 @@ class EngineProcess:
         self._say({"id": number, **answer})
 
     async def _submit(
-        self, request: str, prompt: list[int], max_tokens: int, salt: str | None = None, adapter: str | None = None
+        self, request: str, prompt: list[int], max_tokens: int, salt: str | None = None, adapter: Any = None
     ) -> dict[str, Any]:
         self._requests[request] = asyncio.current_task()
         started, first_at, output = time.perf_counter(), None, None
@@ -72,7 +74,7 @@ class EngineProcess:
         }
 
     def _generate(
-        self, request: str, prompt: list[int], max_tokens: int, salt: str | None, adapter: str | None
+        self, request: str, prompt: list[int], max_tokens: int, salt: str | None, adapter: Any
     ) -> AsyncIterator[Any]:
         from vllm import SamplingParams
 
@@ -80,14 +82,15 @@ class EngineProcess:
         inputs = {"prompt_token_ids": prompt} | ({"cache_salt": salt} if salt else {})
         return self._engine.generate(inputs, params, request, lora_request=self._adapter(adapter))
 
-    def _adapter(self, folder: str | None) -> Any:
-        """vLLM's name for the LoRA adapter in a folder: numbered in the order of first use."""
-        if folder is None:
+    def _adapter(self, lora: Any) -> Any:
+        """vLLM's request for the LoRA adapter [folder, edition]: numbered in the order of first use."""
+        if lora is None:
             return None
         from vllm.lora.request import LoRARequest
 
-        number = self._adapters.setdefault(folder, len(self._adapters) + 1)
-        return LoRARequest(f"adapter-{number}", number, folder)
+        folder, edition = lora
+        number = self._adapters.setdefault((folder, edition), len(self._adapters) + 1)
+        return LoRARequest(Path(folder).name, number, folder)
 
     async def _abort(self, request: str) -> dict[str, Any]:
         self._requests[request].cancel()  # as vLLM's HTTP server does when its client hangs up
@@ -98,7 +101,7 @@ class EngineProcess:
 
         from . import connector_counters
 
-        totals = dict(connector_counters.totals)
+        totals = {f"kvmp_{name}": value for name, value in connector_counters.totals.data.items()}
         for metric in get_metrics_snapshot():
             if isinstance(metric, Counter):
                 name = metric.name.removeprefix("vllm:")
@@ -107,6 +110,11 @@ class EngineProcess:
 
     async def _reset(self, connector: bool = False) -> dict[str, Any]:
         return {"done": await self._engine.reset_prefix_cache(reset_connector=connector)}
+
+    async def _pause(self) -> dict[str, Any]:
+        await self._engine.pause_generation(mode="abort", clear_cache=True)
+        await self._engine.resume_generation()
+        return {}
 
     def _say(self, answer: dict[str, Any]) -> None:
         os.write(self._answers, json.dumps(answer).encode() + b"\n")

@@ -6,13 +6,23 @@ Life of a session: ``Client.connect`` -> ``open`` (scheduler) or ``join`` (worke
 A call that passes its bound raises :class:`~kvmp.errors.BoundExceeded` and marks the session *lost*; until a
 ``ping`` is answered every call raises :class:`~kvmp.errors.ServerLost` at once. A hang-up is for good: connect anew.
 Replies that come late are settled by the client: the leases they granted are released or cancelled.
+:func:`limit_waits` gives a thread one budget for all calls that it makes, and says what they have waited.
 
 A client does not pass through ``fork()``: in a forked child every call raises :class:`~kvmp.errors.KvmpError`.
 """
 
 from enum import IntEnum
 
-from ._kvmp import BlockLayout, Client, Namespace, PendingLookup, PendingReserve, ReadLease, WriteLease
+from ._kvmp import (
+    BlockLayout,
+    Client,
+    Namespace,
+    PendingLookup,
+    PendingReserve,
+    ReadLease,
+    WriteLease,
+    limit_waits,
+)
 
 __all__ = [
     "Answer",
@@ -23,6 +33,7 @@ __all__ = [
     "PendingReserve",
     "ReadLease",
     "WriteLease",
+    "limit_waits",
 ]
 
 

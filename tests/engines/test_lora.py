@@ -33,14 +33,21 @@ def test_adapters_share_nothing_with_each_other_or_the_plain_model(start_engine:
             assert output.tokens == computed[adapter].tokens
         now = stats(server)
         assert (now["blocks_ready"], now["namespaces"]) == (3 * BLOCKS, 3)
+        # Other weights under the name and path of the first: vLLM's hashes are the same, and still nothing is shared.
+        _write_adapter(Path(first), 3)
+        output = _stored(server, engine, prompt, first, edition=1)
+        assert output.tokens != computed[first].tokens
+        now = stats(server)
+        assert (now["blocks_ready"], now["namespaces"]) == (4 * BLOCKS, 4)
+        assert "adapter_sha256" in [line for line in server.log().splitlines() if "shares nothing with" in line][-1]
 
 
-def _stored(server: kvmp.Server, engine: Engine, prompt: list[int], adapter: str | None) -> Output:
+def _stored(server: kvmp.Server, engine: Engine, prompt: list[int], adapter: str | None, edition: int = 0) -> Output:
     """The answer as computed, once its prompt is stored: an adapter's namespace is opened after its first request."""
     before = stats(server)["blocks_ready"]
 
     def stored() -> Output | None:
-        output, loaded = _found(engine, prompt, adapter)
+        output, loaded = _found(engine, prompt, adapter, edition)
         assert loaded == 0
         ready = stats(server)["blocks_ready"] - before
         assert ready in (0, BLOCKS)
@@ -49,23 +56,27 @@ def _stored(server: kvmp.Server, engine: Engine, prompt: list[int], adapter: str
     return until(stored, f"the prompt stored with adapter {adapter}")
 
 
-def _found(engine: Engine, prompt: list[int], adapter: str | None) -> tuple[Output, int]:
+def _found(engine: Engine, prompt: list[int], adapter: str | None, edition: int = 0) -> tuple[Output, int]:
     """The answer, and how many tokens of it came from kvmp; nothing stays pinned or in the engine's own cache."""
     before = loaded_tokens(engine)
-    output = engine.submit(prompt, NEW_TOKENS, adapter=adapter).result()
+    output = engine.submit(prompt, NEW_TOKENS, adapter=adapter, adapter_edition=edition).result()
     forget(engine)
     return output, loaded_tokens(engine) - before
 
 
 def _adapter(folder: Path, seed: int) -> str:
+    folder.mkdir()
+    _write_adapter(folder, seed)
+    return str(folder)
+
+
+def _write_adapter(folder: Path, seed: int) -> None:
     """A seeded adapter of PEFT's format, strong enough to change every token."""
     numbers, tensors = np.random.default_rng(seed), {}
     for layer in range(LAYERS):
         name = f"base_model.model.model.layers.{layer}.self_attn.v_proj"
         tensors[f"{name}.lora_A.weight"] = numbers.normal(size=(RANK, HIDDEN)).astype(np.float32)
         tensors[f"{name}.lora_B.weight"] = numbers.normal(size=(HIDDEN // 2, RANK)).astype(np.float32)
-    folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["v_proj"], "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    return str(folder)

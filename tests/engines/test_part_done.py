@@ -6,7 +6,6 @@ Every test first sees that a block of the copy has passed the gate, and that ano
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -18,35 +17,22 @@ from tests.engines.harness import (
     BLOCK,
     NEW_TOKENS,
     Reference,
-    await_backing,
     forget,
     random_prompt,
     stats,
     until,
 )
+from tests.engines.successors import Successors
+from tests.stopping import stopped
 
 BLOCKS = 10
 TOKENS = BLOCKS * BLOCK + 5
 CYCLE = 8  # prompts of so many tokens that take every slot of the arena anew
 
 
-@dataclass(frozen=True)
-class Restartable:
-    """Servers one after another on one segment and one socket."""
-
-    folder: Path
-
-    def start(self) -> kvmp.Server:
-        # 32 slots of 128 KiB: what is evicted is granted again at once
-        name, socket = f"part-done-{self.folder.name}", self.folder / "kvmp.sock"
-        server = kvmp.launch("4MiB", chunk="2MiB", name=name, socket=socket)
-        await_backing(server)
-        return server
-
-
 @dataclass
 class Scene:
-    successors: Restartable
+    successors: Successors
     server: kvmp.Server
     held: Engine
     """Its copies stop at the gate."""
@@ -86,12 +72,19 @@ class Scene:
     def cycle_arena(self, reference: Reference) -> None:
         """Have the other engine fill every slot with other KV, all of it right."""
         before = stats(self.server)["evictions"]
-        for number in range(CYCLE):
+        self.answer_cycle(reference)
+        assert stats(self.server)["evictions"] > before
+
+    def answer_cycle(self, reference: Reference, last: int = CYCLE) -> int:
+        """The last prompts of a cycle, rightly answered; how many of their tokens were found."""
+        found = 0
+        for number in range(CYCLE - last, CYCLE):
             prompt = random_prompt(f"cycle {number}", TOKENS)
             (output,) = self.free.generate([prompt], NEW_TOKENS)
             assert output.tokens == reference.tokens(prompt)
+            found += output.cached_tokens
             forget(self.free)
-        assert stats(self.server)["evictions"] > before
+        return found
 
     def assert_right(self, prompt: list[int], reference: Reference) -> None:
         """Both engines answer rightly, whatever kvmp has for them by now."""
@@ -115,7 +108,7 @@ class Scene:
 @pytest.fixture(scope="module")
 def scene(start_engine: StartEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     folder = tmp_path_factory.mktemp("scene")
-    gate, successors = Gate(folder), Restartable(folder)
+    gate, successors = Gate(folder), Successors("part-done", folder)
     first = successors.start()
     held = start_engine(endpoint=first.endpoint, connector_module="tests.engines.held_copies", env=gate.environment)
     free = start_engine(endpoint=first.endpoint)
@@ -176,6 +169,24 @@ def test_server_killed_in_mid_store(scene: Scene, reference: Reference) -> None:
     assert scene.gate.passed("store") < BLOCKS
     scene.gate.open()
     assert pending.result().tokens == reference.tokens(prompt)
+    scene.assert_nothing_open()
+    scene.assert_right(prompt, reference)
+
+
+def test_worker_stopped_in_mid_store_over_a_restart(scene: Scene, reference: Reference) -> None:
+    """Longer than every bound of a call: its slots stay its own, the other goes on, and its bytes land nowhere else."""
+    prompt = random_prompt("worker stopped", TOKENS)
+    pending = scene.begin_store(prompt)
+    with stopped(scene.held.process_named("VLLM::Worker").pid):
+        scene.restart_server()
+        open_slots = scene.open_slots()
+        assert open_slots > 0
+        scene.cycle_arena(reference)
+        assert scene.open_slots() == open_slots
+    assert scene.gate.passed("store") < BLOCKS
+    scene.gate.open()
+    assert pending.result().tokens == reference.tokens(prompt)
+    assert scene.answer_cycle(reference, last=2) > 0
     scene.assert_nothing_open()
     scene.assert_right(prompt, reference)
 

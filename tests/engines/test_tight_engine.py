@@ -79,7 +79,10 @@ def _wipe(server: kvmp.Server) -> None:
 
 
 def test_abort_of_a_request_that_still_waits_for_room(tight: Tight) -> None:
-    """Its lookup is answered and its lease held; both end with it, while the request before it runs on."""
+    """Its lookup is answered and its lease held; both end with it, while the request before it runs on.
+
+    So it is with two hundred that wait behind it, and that vLLM has not even asked for.
+    """
     server, engine = tight
     prompt = random_prompt("waits", MAX_TOKENS - 2)
     ready = stats(server)["blocks_ready"]
@@ -91,11 +94,19 @@ def test_abort_of_a_request_that_still_waits_for_room(tight: Tight) -> None:
     until(lambda: engine.counters()["generation_tokens"] > generated, "the first request runs")
     waiting = engine.submit(prompt, NEW_TOKENS)
     until(lambda: stats(server)["read_leases"], "the second request's lookup answered")
+    behind = [engine.submit(prompt[: 2 * BLOCK + 3], 500) for _ in range(200)]
+    until(lambda: stats(server)["read_leases"] == 201, "their lookups answered too")
+    assert stats(server)["pins"] == 201  # each of its path's tip
+    for request in behind:
+        engine.abort(request)
+    assert {request.result().finish for request in behind} == {"abort"}
+    until(lambda: stats(server)["read_leases"] == 1, "their leases released")
     assert not waiting.done()
     engine.abort(waiting)
     assert waiting.result().finish == "abort"
     assert waiting.result().tokens == []
     until(lambda: not stats(server)["read_leases"], "its lease released")
+    assert stats(server)["pins"] == 0
     assert not running.done()
     assert loaded_tokens(engine) == loaded
     engine.abort(running)

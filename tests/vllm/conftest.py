@@ -22,6 +22,8 @@ if _vllm_is_installed():
     with warnings.catch_warnings():
         # What torch and vLLM warn of while they are imported is theirs.
         warnings.simplefilter("ignore")
+        import vllm.v1.attention.backends.cpu_attn  # noqa: F401
+
         import kvmp.vllm.connector  # noqa: F401
 else:
     collect_ignore_glob.append("test_*.py")

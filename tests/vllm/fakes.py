@@ -105,7 +105,7 @@ class FakeClient:
         if digest not in self.server.digests:
             self.server.digests.append(digest)
             self.server.specs.append(json.loads(spec.to_json()))
-        return SimpleNamespace(id=self.server.digests.index(digest), digest=digest)
+        return Namespace(self.server.digests.index(digest), digest)
 
     def join(self, namespace_id, digest, layout_json, timeout_ms=1000):
         self._alive()
@@ -113,7 +113,7 @@ class FakeClient:
         if self.server.digests[namespace_id] != digest or spec["parts"][self.part]["layout"] != json.loads(layout_json):
             raise NamespaceError("another layout than the scheduler's")
         self.joins.append(digest)
-        return SimpleNamespace(id=namespace_id, digest=digest)
+        return Namespace(namespace_id, digest)
 
     def submit_lookup(self, ns, hashes):
         self._alive()
@@ -137,6 +137,15 @@ class FakeClient:
                 del self.server.writing[slot]
         return len(slots)
 
+    def part_sums(self, ns, group, slots):
+        return np.zeros(len(slots), np.uint64)
+
+    def check_sums(self, ns, group, slots, words):
+        return np.zeros(len(slots), np.uint8)
+
+    def distrust(self, slots, words, timeout_ms=100):
+        return len(slots)
+
     def abort(self, lease_id, slots, words, timeout_ms=100):
         self._answer("abort")
         if lease_id in self.server.unknown_leases:
@@ -146,6 +155,11 @@ class FakeClient:
 
     def close(self):
         self.closed = True
+
+
+class Namespace:
+    def __init__(self, number, digest):
+        self.id, self.digest = number, digest
 
 
 class Pending:
@@ -361,5 +375,9 @@ def cache_config(num_blocks: int = 100, spec=None, groups: int = 1):
     spec = spec or FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
     group = SimpleNamespace(layer_names=["layer.0"], kv_cache_spec=spec, enable_kv_transfer=True, host_resident=False)
     return SimpleNamespace(
-        num_blocks=num_blocks, kv_cache_groups=[group] * groups, hash_block_size=BLOCK, kv_cache_layout="LBHNC"
+        num_blocks=num_blocks,
+        kv_cache_groups=[group] * groups,
+        hash_block_size=BLOCK,
+        kv_cache_layout="LBHNC",
+        prefix_cacheable_group_ids=(0,),
     )

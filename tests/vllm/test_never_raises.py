@@ -1,151 +1,94 @@
 """Every entry point of the connector, with a client and workers that fail in every way: nothing raises into vLLM."""
 
-import inspect
-
+import broken
 import fakes
 import pytest
+from broken import Bad, FailingClient
 from engine import PROMPT, Engine, until
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from entry_points import (
+    ANSWERED_IN_ANOTHER_WAY,
+    ARGUMENTS,
+    ENTRIES,
+    MISSING_HERE,
+    TABLE,
+    calls,
+    check,
+    go,
+    go_everywhere,
+    is_own,
+)
 
-from kvmp.errors import BoundExceeded, ServerLost
+from kvmp.vllm.connector import KvmpConnector
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
-TABLE = [1, 2, 3, 4, 5]
+
+def test_the_reflection_finds_methods_class_methods_properties_and_values_of_every_release():
+    methods = {"get_num_new_matched_tokens", "build_connector_meta", "get_finished", "start_load_kv"}
+    of_0_33 = {"unregister_kv_caches", "restore_kv_caches"}
+    of_the_class = {"build_kv_connector_stats", "get_required_kvcache_layout", "build_prom_metrics"}
+    read = {"requires_kv_delivery", "role", "_cache_hit_source"}
+    everything = set(ENTRIES) | ANSWERED_IN_ANOTHER_WAY
+    assert methods | of_0_33 | of_the_class | read <= everything | MISSING_HERE
+    assert {name for name, ways in ENTRIES.items() if not ways} >= {"requires_kv_delivery", "role"}
+    assert {p for name in ENTRIES for given in calls(name) for p in given} <= set(ARGUMENTS)
+    # What cannot be gone here is another release's, and runs none of our code there.
+    assert not any(is_own(name) for name in MISSING_HERE)
+    # Nothing of the connector's own is left out: private ones are not vLLM's.
+    assert {name for name in vars(KvmpConnector) if not name.startswith("_")} <= everything
 
 
-class Bad:
-    """Whatever is done with it raises."""
-
-    def __init__(self, error):
-        object.__setattr__(self, "_error", error)
-
-    def _raise(self, *args, **kwargs):
-        raise object.__getattribute__(self, "_error")
-
-    __getattr__ = __call__ = __len__ = __iter__ = __bool__ = __int__ = _raise
-    __lt__ = __gt__ = __add__ = __radd__ = __sub__ = __getitem__ = _raise
+def test_the_reflection_finds_what_a_client_has():
+    assert {"submit_lookup", "commit", "distrust", "check_sums", "store_blocks", "waited_us"} <= set(broken.METHODS)
+    assert set(broken.CALLED) <= set(broken.METHODS)
+    assert "Busy" in {type(error).__name__ for error in broken.ERRORS}
 
 
-class Panic(BaseException):
-    """As PyO3 raises a panic in Rust: no `Exception`."""
-
-
-ERRORS = (
-    Panic("rust"),
-    ServerLost("gone"),
-    BoundExceeded("late"),
-    MemoryError(),
-    AttributeError("x"),
-    KeyError(1),
-)
-
-
-class FailingClient(fakes.FakeClient):
-    """A session in which one method fails, or everything it hands out does."""
-
-    broken = ""
-    error = RuntimeError("broken")
-
-    def __getattribute__(self, name):
-        if name == type(self).broken:
-            return Bad(type(self).error)
-        return super().__getattribute__(name)
-
-
-METHODS = (
-    "lost",
-    "ping",
-    "open",
-    "join",
-    "submit_lookup",
-    "submit_reserve",
-    "commit",
-    "abort",
-    "close",
-    "endpoint",
-    "server_epoch",
-)
-# Methods that are no hook: vLLM calls these on the class before there is an engine, or reads them as values.
-ARGUMENTS = {
-    "request": lambda engine: fakes.request("q", PROMPT),
-    "num_computed_tokens": lambda engine: 0,
-    "num_external_tokens": lambda engine: 0,
-    "blocks": lambda engine: fakes.blocks_of(TABLE),
-    "block_ids": lambda engine: [1],
-    "scheduler_output": lambda engine: fakes.step({"q": TABLE}, new=[("q", 0, 18)]),
-    "connector_output": lambda engine: fakes.output(),
-    "connector_metadata": lambda engine: engine.scheduler.build_connector_meta(fakes.step({})),
-    "kv_connector_metadata": lambda engine: engine.scheduler.build_connector_meta(fakes.step({})),
-    "finished_req_ids": lambda engine: set(),
-    "forward_context": lambda engine: None,
-    "layer_name": lambda engine: "layer.0",
-    "kv_layer": lambda engine: None,
-    "attn_metadata": lambda engine: None,
-    "kv_caches": lambda engine: {},
-    "copy_operation": lambda engine: None,
-    "metadata": lambda engine: {},
-    "gpu_block_pool": lambda engine: engine.pool,
-    "kv_cache_manager": lambda engine: fakes.SimpleNamespace(block_pool=engine.pool),
-    "partial_tail_offloads": lambda engine: [],
-}
-OWN_TO_THE_BASE = {"get_loaded_kv_cache_group_ids"}
-
-
-def hooks():
-    for name, member in inspect.getmembers(KVConnectorBase_V1, inspect.isfunction):
-        if not name.startswith("_") and name not in OWN_TO_THE_BASE:
-            yield name, [p for p in inspect.signature(member).parameters.values() if p.name not in ("self", "kwargs")]
-
-
-HOOKS = dict(hooks())
-
-
-def call(engine, connector, name, bad=None):
-    values = [bad if bad is not None else ARGUMENTS[p.name](engine) for p in HOOKS[name]]
-    return getattr(connector, name)(*values)
-
-
-SANE = {
-    "get_num_new_matched_tokens": lambda result: result in ((0, False), (None, False), (16, True)),
-    "request_finished": lambda result: result == (False, None),
-    "build_connector_meta": lambda result: type(result).__name__ == "StepMeta",
-    "get_finished": lambda result: result == (None, None),
-    "get_transfer_results": lambda result: not (result.finished_sending or result.failed_recving),
-    "get_block_ids_with_load_errors": lambda result: result == set(),
-    "has_pending_push_work": lambda result: isinstance(result, bool),
-    "has_pending_block_frees": lambda result: isinstance(result, bool),
-    "reset_cache": lambda result: result is True,
-    "take_events": lambda result: not list(result),
-}
-
-
-def check(name, result):
-    assert SANE.get(name, lambda result: True)(result), (name, result)
-
-
-def test_the_reflection_finds_the_hooks():
-    assert {"get_num_new_matched_tokens", "build_connector_meta", "get_finished", "start_load_kv"} <= set(HOOKS)
-    assert {p.name for parameters in HOOKS.values() for p in parameters} <= set(ARGUMENTS)
-
-
-@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
-@pytest.mark.parametrize("method", METHODS)
-def test_every_hook_with_a_broken_client(method, error, server, tmp_path, monkeypatch):
+@pytest.fixture
+def engine(server, tmp_path, monkeypatch):
+    """An engine that is attached, whose sessions can be broken; with `kvmp.verify`, which calls more of them."""
     monkeypatch.setattr(fakes, "FakeClient", FailingClient)
-    monkeypatch.setattr(FailingClient, "error", error)
-    engine = Engine(server, tmp_path, monkeypatch, extra={"kvmp.timeout_ms": 5})
-    monkeypatch.setattr(FailingClient, "broken", method)
-    try:
-        live_through_a_request(engine)
-        for connector in (engine.scheduler, *engine.workers):
-            for name in HOOKS:
-                check(name, call(engine, connector, name))
-        engine.drain()
-        assert engine.pool.pinned == 0
-    finally:
-        monkeypatch.setattr(FailingClient, "broken", "")
-        engine.close()
+    made = Engine(server, tmp_path, monkeypatch, extra={"kvmp.timeout_ms": 5, "kvmp.verify": "always"})
+    yield made
+    FailingClient.broken = ""
+    made.close()
+
+
+def live_with(engine, method, error=None, rubbish=None):
+    """A request and every entry point while one thing is broken; afterwards nothing is pinned."""
+    FailingClient.error, FailingClient.rubbish, FailingClient.broken = error, rubbish, method
+    live_through_a_request(engine)
+    go_everywhere(engine)
+    engine.drain()
+    assert engine.pool.pinned == 0
+
+
+@pytest.mark.parametrize("error", broken.FIRST, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("method", broken.METHODS)
+def test_every_entry_point_while_a_method_of_the_client_fails(engine, method, error):
+    live_with(engine, method, error)
+
+
+@pytest.mark.parametrize("method", broken.CALLED)
+@pytest.mark.parametrize("error", broken.ERRORS, ids=lambda e: type(e).__name__)
+def test_every_entry_point_with_every_error(engine, method, error):
+    live_with(engine, method, error)
+
+
+@pytest.mark.parametrize("rubbish", broken.RUBBISH, ids=repr)
+@pytest.mark.parametrize("method", broken.METHODS)
+def test_every_entry_point_while_a_method_answers_rubbish(engine, method, rubbish):
+    live_with(engine, method, rubbish=rubbish)
+
+
+@pytest.mark.parametrize("error", broken.ERRORS, ids=lambda e: type(e).__name__)
+def test_every_entry_point_while_nobody_can_connect(server, tmp_path, monkeypatch, error):
+    monkeypatch.setattr(server, "connect", Bad(error))
+    engine = Engine(server, tmp_path, monkeypatch, attach=False)
+    live_through_a_request(engine)
+    go_everywhere(engine)
+    assert engine.pool.pinned == 0
+    engine.close()
 
 
 def live_through_a_request(engine):
@@ -160,84 +103,16 @@ def live_through_a_request(engine):
     engine.scheduler.request_finished(req, TABLE)
 
 
-@pytest.mark.parametrize("name", sorted(HOOKS))
-def test_hook_with_arguments_that_fail(name, server, tmp_path, monkeypatch):
+# Entry points of kvmp's own that take something; in the base's own code an argument is vLLM's.
+TAKING = sorted((name, given) for name in ENTRIES if is_own(name) for given in calls(name) if given)
+
+
+@pytest.mark.parametrize(("name", "given"), TAKING, ids=lambda value: value if isinstance(value, str) else "")
+def test_arguments_that_fail(name, given, server, tmp_path, monkeypatch):
     engine = Engine(server, tmp_path, monkeypatch)
-    if name in ("bind_kv_cache_manager", "shutdown"):
-        pytest.skip("vLLM's own base method, or without arguments")
-    try:
-        for connector in (engine.scheduler, *engine.workers):
-            if name in ("set_xfer_handshake_metadata", "register_kv_caches", "bind_connector_metadata"):
-                continue
-            check(name, call(engine, connector, name, Bad(RuntimeError("bad argument"))))
-    finally:
-        engine.close()
-
-
-@pytest.mark.parametrize("broken", ["slots", "words", "release", "tokens", "first_block"])
-def test_a_broken_read_lease_never_loses_a_load(broken, server, tmp_path, monkeypatch):
-    first = Engine(server, tmp_path, monkeypatch)
-    live_through_a_request(first)
-    second = Engine(server, tmp_path, monkeypatch)
-    req = fakes.request("again", PROMPT)
-    second.scheduler.on_new_request(req)
-    if broken == "tokens":
-        monkeypatch.setattr(fakes.ReadLease, "__getattribute__", _without("tokens"))
-        assert second.ask(req) == (0, False)
-    else:
-        assert second.ask(req) == (16, True)
-        monkeypatch.setattr(fakes.ReadLease, "__getattribute__", _without(broken))
-        # vLLM waits for this load: whatever happens, it is reported, once.
-        assert second.load(req, TABLE, 16) == (broken == "release")
-    monkeypatch.undo()
-    first.close()
-    second.close()
-
-
-def _without(name):
-    def get(self, asked):
-        if asked == name:
-            raise RuntimeError(f"{name} is broken")
-        return object.__getattribute__(self, asked)
-
-    return get
-
-
-@pytest.mark.parametrize("broken", ["answers", "slots", "lease_id", "handed_over"])
-def test_a_broken_write_lease_leaves_nothing_pinned(broken, server, tmp_path, monkeypatch):
-    engine = Engine(server, tmp_path, monkeypatch)
-    monkeypatch.setattr(fakes.WriteLease, "__getattribute__", _broken_later(broken))
-    req = fakes.request("r", PROMPT)
-    engine.ask(req)
-    engine.prefill(req, TABLE)
+    for connector in (engine.scheduler, *engine.workers):
+        check(name, go(engine, connector, name, given, Bad(RuntimeError("bad argument"))))
     engine.drain()
-    assert engine.pool.pinned == 0
-    engine.close()
-
-
-def _broken_later(name):
-    """Fails outside the lease's own constructor only."""
-    plain = _without(name)
-
-    def get(self, asked):
-        inside = inspect.currentframe().f_back.f_code.co_name == "__init__"
-        return object.__getattribute__(self, asked) if inside else plain(self, asked)
-
-    return get
-
-
-def test_copy_that_fails_is_aborted_and_load_that_fails_is_reported(server, tmp_path, monkeypatch):
-    engine = Engine(server, tmp_path, monkeypatch)
-    live_through_a_request(engine)
-    monkeypatch.setattr(fakes.FakePaged, "store", Bad(OSError("disk")))
-    monkeypatch.setattr(fakes.FakePaged, "load", Bad(OSError("disk")))
-    req = fakes.request("again", [*PROMPT, 1, 2])
-    assert engine.ask(req) == (16, True)
-    assert not engine.load(req, TABLE, 16)
-    engine.prefill(req, TABLE)
-    engine.drain()
-    assert server.aborted == 1
-    assert engine.pool.pinned == 0
     engine.close()
 
 

@@ -1,4 +1,4 @@
-"""Identity: equal engines agree, and every fact that shapes bytes separates."""
+"""Identity: what is built from a configuration and its workers, and what is refused (each fact: `test_identity`)."""
 
 import json
 import logging
@@ -29,31 +29,6 @@ def parts(count=1, layout='{"runs": 1}'):
 def digest(config, given=None):
     ordered = spec.ordered_parts(given or parts(config.parallel_config.tensor_parallel_size), config)
     return spec.build_spec(config, fakes.BLOCK, ordered).digest()
-
-
-def test_equal_engines_agree(model):
-    assert digest(fakes.engine_config(str(model))) == digest(fakes.engine_config(str(model)))
-
-
-CHANGES = {
-    "dtype": lambda c: setattr(c.model_config, "dtype", "torch.bfloat16"),
-    "revision": lambda c: setattr(c.model_config, "revision", "abc"),
-    "quantization": lambda c: setattr(c.model_config, "quantization", "fp8"),
-    "rope": lambda c: setattr(c.model_config.hf_config, "to_dict", lambda: {"rope_theta": 5.0}),
-    "max_model_len": lambda c: setattr(c.model_config, "max_model_len", 64),
-    "load_format": lambda c: setattr(c.load_config, "load_format", "dummy"),
-    "cache_dtype": lambda c: setattr(c.cache_config, "cache_dtype", "fp8"),
-    "hash algorithm": lambda c: setattr(c.cache_config, "prefix_caching_hash_algo", "sha256_cbor"),
-    "pipeline": lambda c: setattr(c.parallel_config, "decode_context_parallel_size", 2),
-    "draft": lambda c: setattr(c, "speculative_config", fakes.SimpleNamespace(method="eagle", model=None)),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_each_fact_separates(model, change):
-    plain, other = fakes.engine_config(str(model)), fakes.engine_config(str(model))
-    CHANGES[change](other)
-    assert digest(plain) != digest(other)
 
 
 @pytest.mark.parametrize("verify", [False, True])

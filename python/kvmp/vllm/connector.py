@@ -10,10 +10,11 @@ from vllm.logger import init_logger
 
 from kvmp.config import ConnectorConfig
 from kvmp.vllm import compat, unreachable, version
-from kvmp.vllm.guard import Guard
+from kvmp.vllm.guard import Guard, harmless
 from kvmp.vllm.metadata import PartMeta, StepMeta, WorkerReport
 from kvmp.vllm.scheduler import SchedulerSide
 from kvmp.vllm.stats import KvmpStats
+from kvmp.vllm.step_waits import StepWaits
 from kvmp.vllm.worker import WorkerSide
 
 logger: logging.Logger = init_logger("vllm.kvmp")
@@ -40,7 +41,7 @@ class KvmpConnector(KVConnectorBase_V1):
         self._options = ConnectorConfig.read(self._kv_transfer_config.kv_connector_extra_config)
         unreachable.demand_server(self._options)
         self._stats = KvmpStats()
-        self._guard = Guard(logger, self._stats)
+        self._guard = Guard(logger, self._stats, StepWaits(self._options.timeout_ms, self._stats))
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         make = self._make_scheduler if role == KVConnectorRole.SCHEDULER else self._make_worker
@@ -72,12 +73,17 @@ class KvmpConnector(KVConnectorBase_V1):
 
     def get_kv_connector_stats(self) -> KvmpStats | None:
         """What this side counted since the last call."""
-        return self._guard.run("get_kv_connector_stats", self._stats.take, None)
+        return self._guard.run("get_kv_connector_stats", self._take_stats, None)
+
+    def _take_stats(self) -> KvmpStats | None:
+        if self._role == KVConnectorRole.SCHEDULER:
+            self._stats.set_to("attached", self._scheduler is not None and self._scheduler.attached)
+        return self._stats.take()
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KvmpStats:
-        """The counters of another process as an object again."""
-        return KvmpStats(data)
+        """The counters of another process as an object again; none at all rather than an error in the front end."""
+        return harmless("build_kv_connector_stats", lambda: KvmpStats(data), KvmpStats, logger)
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
@@ -112,6 +118,7 @@ class KvmpConnector(KVConnectorBase_V1):
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         """Takes this step's work."""
         super().bind_connector_metadata(connector_metadata)
+        self._guard.begin_step()
         if (side := self._worker) is not None and isinstance(connector_metadata, StepMeta):
             self._guard.run("bind_connector_metadata", lambda: side.bind(connector_metadata), None)
 
@@ -170,7 +177,12 @@ class KvmpConnector(KVConnectorBase_V1):
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
         """The same for an engine without pipeline stages."""
-        self.set_xfer_handshake_metadata_pp_aware({(0, tp_rank): part for tp_rank, part in metadata.items()})
+        if (side := self._scheduler) is not None:
+            self._guard.run(
+                "set_xfer_handshake_metadata",
+                lambda: side.set_parts({(0, tp_rank): part for tp_rank, part in metadata.items()}),
+                None,
+            )
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         """Uses the engine's block pool to pin what is being stored."""
@@ -204,9 +216,11 @@ class KvmpConnector(KVConnectorBase_V1):
         """This step's work for the workers."""
         if (side := self._scheduler) is None:
             return StepMeta()
-        return self._guard.run(
+        meta = self._guard.run(
             "build_connector_meta", lambda: side.step_meta(scheduler_output), StepMeta(), rescue=side.planned_meta
         )
+        self._guard.begin_step()
+        return meta
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Takes in what the workers report."""

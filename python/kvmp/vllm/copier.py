@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from kvmp import errors
 from kvmp.vllm.joined import LeftError, Membership, NotJoinedError, RefusedError
 from kvmp.vllm.metadata import LoadJob, NamespaceRef, Refusal, SessionRef, StoreJob
 from kvmp.vllm.owed import Owed
@@ -35,6 +36,7 @@ _COMMIT_MS = 1000
 # An idle worker sees a hang-up at the latest this much later. Seconds.
 _WATCH_S = 0.2
 _STOP_S = 5.0
+_SERVER_AWAY = (NotJoinedError, errors.ServerLost, errors.BoundExceeded)
 # After a fault of its own the thread goes on this much later. Seconds.
 _PAUSE_S = 0.05
 
@@ -340,4 +342,6 @@ class Copier:
         cause = f"{what}: {type(error).__name__}"
         if cause not in self._seen:
             self._seen.add(cause)
-            self._logger.warning("kvmp: %s (%s); logged once for this cause", cause, error)
+            # Of a server that is away the scheduler's side warns, once for the engine.
+            level = logging.INFO if isinstance(error, _SERVER_AWAY) else logging.WARNING
+            self._logger.log(level, "kvmp: %s (%s); logged once for this cause", cause, error)

@@ -249,6 +249,8 @@ class Link:
             # Frozen or swamped, not gone: its session, and what it pins for us, are worth keeping.
             self._warn(error)
             return
+        if self._warned:
+            self._logger.info("kvmp: %s answers again", self._session.ref.endpoint)
         self._up, self._warned = True, False
 
     def _drop_session(self) -> None:

@@ -40,6 +40,7 @@ class Lookups:
         """Tokens from the first on that are in the cache; None while the answer is under way within its bound."""
         namespace = self._link.namespace(state.adapter)
         if namespace is None:
+            self._end_hold(state, self._clock())
             state.forget_lookup()
             return 0
         state.move_to(namespace)
@@ -71,12 +72,10 @@ class Lookups:
             hashes = hash_array(state.request.block_hashes)
             state.pending = namespace.session.client.submit_lookup(namespace.handle, hashes)
             self._stats.add("lookups")
+        except errors.Busy:
+            self._stats.add("busy")
         except BaseException as error:
-            if isinstance(error, errors.Busy):
-                self._stats.add("busy")
-                return
-            self._give_up(state)
-            raise
+            self._failed(state, error)
 
     def _harvest(self, state: RequestState) -> bool:
         """Looks for the answer; False while it may still come in time."""
@@ -90,8 +89,11 @@ class Lookups:
         lease = self._poll(state)
         if lease is not None:
             self._settle(state, lease)
+        if state.answer is not None:
             return True
-        if now - state.asked_at < self._options.timeout_s:
+        held = now - state.asked_at
+        if held < self._options.timeout_s:
+            self._stats.raise_to("longest_hold_us", round(held * 1e6))
             return False
         self._stats.add("lookup_timeouts")
         if state.pending is None:
@@ -106,15 +108,21 @@ class Lookups:
             return None
         try:
             return state.pending.poll()
-        except BaseException:
-            self._give_up(state)
-            raise
+        except BaseException as error:
+            self._failed(state, error)
+            return None
+
+    def _failed(self, state: RequestState, error: BaseException) -> None:
+        """A miss. That the server is lost is no fault to report here: the link warns of it, once."""
+        self._give_up(state)
+        if not isinstance(error, errors.ServerLost):
+            raise error
+        self._stats.add("errors")
 
     def _settle(self, state: RequestState, lease) -> None:
         now = self._clock()
-        if state.asked_at is not None:
-            self._stats.add("lookup_wait_us", round((now - state.asked_at) * 1e6))
-        state.pending, state.asked_at = None, None
+        self._end_hold(state, now)
+        state.pending = None
         tokens = self._usable_tokens(state, lease)
         if lease is not None and not tokens:
             lease.release()
@@ -139,5 +147,11 @@ class Lookups:
             pending.abandon()
 
     def _miss(self, state: RequestState) -> None:
-        state.asked_at = None
-        state.answer = Answer(0, None, self._clock(), state.asked)
+        now = self._clock()
+        self._end_hold(state, now)
+        state.answer = Answer(0, None, now, state.asked)
+
+    def _end_hold(self, state: RequestState, now: float) -> None:
+        if state.asked_at is not None:
+            self._stats.add("lookup_wait_us", round((now - state.asked_at) * 1e6))
+            state.asked_at = None

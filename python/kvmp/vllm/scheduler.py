@@ -94,6 +94,11 @@ class SchedulerSide:
         if self._link is not None:
             self._link.stop()
 
+    @property
+    def attached(self) -> bool:
+        """Whether a server serves this engine now."""
+        return self._link is not None and self._link.up and not self._off
+
     # Requests.
 
     def _state(self, request: Any) -> RequestState:

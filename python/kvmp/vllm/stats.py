@@ -1,4 +1,4 @@
-"""Counters of the connector, in the class by which vLLM merges, logs and forwards them."""
+"""What the connector counts, in the class by which vLLM merges, logs and forwards them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStat
 
 # Every counter, with its unit in its name or "number of" by default.
 COUNTERS = (
+    "attached",  # 1 while a server serves this engine, 0 while it works without its cache
     "lookups",  # lookups sent
     "lookup_timeouts",  # lookups given up after kvmp.timeout_ms
     "lookup_wait_us",  # how long requests were held back for an answer; no call waited
+    "longest_hold_us",  # the latest that a request was told to wait on, from when vLLM first asked for it
     "hit_tokens",  # tokens an answer offered
     "loaded_tokens",
     "loaded_blocks",
@@ -24,8 +26,11 @@ COUNTERS = (
     "errors",  # turned into a miss or "not stored"
     "step_us",  # time spent in the connector by the engine's threads
     "longest_call_us",  # the longest of these calls
+    "longest_step_wait_us",  # what these calls really waited in a step, at most; bounded by kvmp.timeout_ms
 )
-_MAXIMA = frozenset({"longest_call_us"})
+MAXIMA = frozenset({"longest_call_us", "longest_hold_us", "longest_step_wait_us"})
+GAUGES = frozenset({"attached"})
+_NO_NEWS = frozenset({"step_us", "longest_call_us"})
 
 
 class KvmpStats(KVConnectorStats):
@@ -44,6 +49,10 @@ class KvmpStats(KVConnectorStats):
         if value > self.data.get(name, 0):
             self.data[name] = int(value)
 
+    def set_to(self, name: str, value: int) -> None:
+        """Keeps the last value of `name`."""
+        self.data[name] = int(value)
+
     def reset(self) -> None:
         """Starts a new interval."""
         self.data = {}
@@ -58,7 +67,9 @@ class KvmpStats(KVConnectorStats):
     def aggregate(self, other: KVConnectorStats) -> KvmpStats:
         """Adds another side's or rank's counters to these."""
         for name, value in other.data.items():
-            if name in _MAXIMA:
+            if name in GAUGES:
+                self.set_to(name, value)
+            elif name in MAXIMA:
                 self.raise_to(name, value)
             else:
                 self.add(name, value)
@@ -69,5 +80,8 @@ class KvmpStats(KVConnectorStats):
         return {name: self.data[name] for name in COUNTERS if name in self.data}
 
     def is_empty(self) -> bool:
-        """Whether nothing was counted. Time alone is no news: it would log a line for every idle interval."""
-        return not any(name not in ("step_us", "longest_call_us") for name in self.data)
+        """Whether nothing was counted. Time alone is no news: it would log a line for every idle interval.
+
+        That there is no server is news for as long as it lasts: an engine without its cache must not look healthy.
+        """
+        return not any(name not in _NO_NEWS and (name, value) != ("attached", 1) for name, value in self.data.items())

@@ -132,7 +132,11 @@ class Stores:
                 return False
             state.store_closed = True
             self._link.mark_lost(namespace.session)
-            raise
+            if not isinstance(error, errors.ServerLost):
+                raise
+            # No fault to report here: the link warns of it, once.
+            self._stats.add("errors")
+            return False
         self._reserving.append(_Reserving(state, namespace, block_ids, pending, self._clock()))
         return True
 
@@ -173,10 +177,10 @@ class Stores:
         return None, True
 
     def _give_up(self, reserving: _Reserving) -> None:
-        reserving.pending.abandon()
         self.pins.unpin(reserving.block_ids)
         self._close(reserving)
         self._stats.add("refused_store_blocks", len(reserving.block_ids))
+        reserving.pending.abandon()
 
     def _close(self, reserving: _Reserving) -> None:
         if reserving.state.namespace is reserving.namespace:
@@ -232,10 +236,10 @@ class Stores:
 
     def _end(self, job_id: int, copying: _Copying) -> None:
         del self._copying[job_id]
+        self.pins.unpin(copying.block_ids)
         stored = min(copying.committed.values())
         self._stats.add("stored_blocks", stored)
         self._stats.add("failed_store_blocks", len(copying.block_ids) - stored)
-        self.pins.unpin(copying.block_ids)
 
     def void(self) -> None:
         """A reset: nothing begun before it may be found later."""

@@ -5,6 +5,7 @@
 
 mod arguments;
 mod blocks;
+mod budget;
 mod client;
 mod commit;
 mod core;
@@ -26,6 +27,8 @@ use pyo3::prelude::*;
 mod _kvmp {
     use pyo3::prelude::*;
 
+    #[pymodule_export]
+    use super::budget::limit_waits;
     #[pymodule_export]
     use super::client::Client;
     #[pymodule_export]
