@@ -24,6 +24,7 @@ _ENGINES = 2
 _DEED_S = (0.1, 1.5)
 _LONG_S = (0.5, 3.0)
 _SETTLE_S = 60.0
+_STILL_S = 0.5
 # What a server may have more of at the end than when it had backed its memory and served nobody yet.
 _SLACK = {"descriptors": 0, "threads": 0, "anonymous_kib": 8 << 10}
 _MUST_HAPPEN = ("stored parts", "loaded parts", "abandoned lookups")
@@ -41,7 +42,7 @@ class Soak:
         self._frozen: list[Process] = []
         self._servers = [self._launch()]
         self._await_nothing_held()
-        self._at_start = server_load(self._server.pid)
+        self._at_start = self._settled_load()
         endpoint = self._server.endpoint
         self._engines = [SoakEngine(endpoint, f"{seed} engine {number}") for number in range(_ENGINES)]
         self.deeds: Counter[str] = Counter()
@@ -140,7 +141,7 @@ class Soak:
         counts = self._counts()
         self._end_engines()
         stats = self._await_nothing_held()
-        left = server_load(self._server.pid)
+        left = self._settled_load()
         grown = {what: left[what] - self._at_start[what] for what in left}
         print(
             f"soak: deeds {dict(self.deeds)}\nsoak: {dict(counts)}\nsoak: grown {grown}, {stats['blocks_ready']} blocks"
@@ -168,6 +169,17 @@ class Soak:
                 return stats
             assert time.monotonic() < deadline, f"held by nobody that lives: {still}, sessions {stats['sessions']}"
             time.sleep(0.05)
+
+    def _settled_load(self) -> dict[str, int]:
+        """Its load once that has stopped changing: the server closes what our own question took a moment later."""
+        load, since = server_load(self._server.pid), time.monotonic()
+        while time.monotonic() < since + _STILL_S:
+            time.sleep(0.02)
+            now = server_load(self._server.pid)
+            if now["descriptors"] != load["descriptors"] or now["threads"] != load["threads"]:
+                since = time.monotonic()
+            load = now
+        return load
 
     def _stats(self) -> dict[str, Any]:
         try:
