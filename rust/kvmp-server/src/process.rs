@@ -116,7 +116,8 @@ fn is_readable(fd: &OwnedFd, limit: Duration) -> bool {
 pub struct Stat {
     state: String,
     threads: u64,
-    start_time: u64,
+    /// In clock ticks since boot.
+    pub start_time: u64,
 }
 
 impl Stat {
@@ -138,7 +139,7 @@ impl Stat {
     }
 
     /// A main thread that has ended before the others is a zombie of a process that still runs.
-    fn is_running(&self) -> bool {
+    pub fn is_running(&self) -> bool {
         !matches!(self.state.as_str(), "Z" | "X" | "x") || self.threads > 1
     }
 }

@@ -9,7 +9,7 @@ use kvmp_core::segment::SegmentHeader;
 use rustix::fs::{major, minor};
 
 use crate::error::Holder;
-use crate::process::{Stat, start_time};
+use crate::process::Stat;
 
 /// A server that has just taken the lock has not written its pid yet: so long it is waited for.
 const WRITES_ITS_PID: Duration = Duration::from_secs(1);
@@ -26,7 +26,8 @@ pub fn read_header(file: &File) -> Option<SegmentHeader> {
 pub fn named(file: &File) -> Option<u32> {
     let header = read_header(file)?;
     let pid = u32::try_from(header.server_pid).ok().filter(|pid| *pid > 0)?;
-    (header.server_start != 0 && start_time(pid) == header.server_start).then_some(pid)
+    let is_it = |stat: &Stat| stat.start_time == header.server_start && stat.is_running();
+    Stat::of(pid).filter(is_it).map(|_| pid)
 }
 
 /// What can be said of the server that has the file.
@@ -87,14 +88,23 @@ mod tests {
         let layout = kvmp_core::segment::Layout::new(kvmp_core::geometry::Geometry::new(8 << 20, None).unwrap());
         let mut header = SegmentHeader::new(&layout, kvmp_core::segment::SegmentId([1; 16]), [0; 16], 0);
         let (own, file) = (std::process::id(), tempfile::NamedTempFile::new().unwrap());
+        let started = Stat::of(own).unwrap().start_time;
         let mut say = |pid, start| {
             (header.server_pid, header.server_start) = (pid, start);
             file.as_file().write_all_at(zerocopy::IntoBytes::as_bytes(&header), 0).unwrap();
             named(file.as_file())
         };
-        assert_eq!(say(u64::from(own), start_time(own)), Some(own));
-        assert_eq!(say(u64::from(own), start_time(own) - 1), None);
+        assert_eq!(say(u64::from(own), started), Some(own));
+        assert_eq!(say(u64::from(own), started - 1), None);
         assert_eq!(say(0, 0), None);
         assert_eq!(say(4_194_305, 0), None);
+        // Ended, and not yet reaped.
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let stat = || Stat::of(child.id()).unwrap();
+        while stat().is_running() {
+            std::thread::yield_now();
+        }
+        assert_eq!(say(u64::from(child.id()), stat().start_time), None);
+        child.wait().unwrap();
     }
 }
