@@ -73,7 +73,7 @@ impl NamespaceEntry {
     /// How many bytes of its place an entry takes, by its front; `None` if that makes no sense.
     fn bytes(front: &[u8]) -> Option<usize> {
         let (front, _) = NamespaceFront::read_from_prefix(front).ok()?;
-        (front.spec_bytes <= MAX_SPEC_BYTES as u64).then_some((NAMESPACE_FRONT + front.spec_bytes) as usize)
+        (front.spec_bytes <= MAX_SPEC_BYTES as u64).then(|| (NAMESPACE_FRONT + front.spec_bytes) as usize)
     }
 
     /// An entry from the bytes of its place; `None` where they make no sense.

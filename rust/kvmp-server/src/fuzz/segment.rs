@@ -49,7 +49,9 @@ fn start(config: &crate::ServerConfig, geometry: Geometry) -> (Arc<SegmentFile>,
         kvmp_core::policy::factory("lru").unwrap(),
         SegmentTable::new(segment.table.clone()),
     );
-    recovery.cold.iter().for_each(|chunk| recovery.store.chunk_backed(*chunk));
+    for chunk in recovery.cold.iter().filter(|chunk| segment.table.evict_strays(**chunk)) {
+        recovery.store.chunk_backed(*chunk);
+    }
     recovery.store.backing_ended();
     let outcome = Outcome {
         replaced: matches!(segment.found, Found::Replaced(_)),
@@ -94,6 +96,7 @@ impl Quarry {
         for (namespace, group, seed, open) in [(0, 0, 1, 0), (0, 0, 2, 6), (1, 0, 3, 0), (1, 1, 4, 2)] {
             store_chain(&mut store, namespace, group, seed, open);
         }
+        assert_eq!(segment.table.chunk(ChunkId(1)), Some(ChunkWord::Assigned(PARTS as u32)));
         Self { geometry, pages: pages_of(segment.file(), segment.table.layout()) }
     }
 
@@ -143,7 +146,6 @@ pub fn segment(quarry: &Quarry, data: &[u8]) -> Outcome {
         }
         damage(&file, quarry.geometry, &mut input);
     }
-    forget_strays(&file, geometry);
     let (segment, mut store, outcome) = start(&config, geometry);
     assert!(!outcome.replaced || outcome.kept + outcome.quarantined == 0);
     look_as_a_client(&segment.table);
@@ -156,9 +158,10 @@ pub fn segment(quarry: &Quarry, data: &[u8]) -> Outcome {
 fn damage(file: &File, geometry: Geometry, input: &mut Bytes<'_>) {
     let layout = Layout::new(geometry);
     let (kind, place) = (input.u8(), input.u16());
-    let slot = SlotId(u32::from(place) % (2 * geometry.chunk_pages()));
+    // Of the chunk that has blocks: no server leaves a record in one that is Free, and only a whole one would count.
+    let slot = geometry.slot(ChunkId(1), u32::from(place) % geometry.chunk_pages());
     let record = layout.record(slot).unwrap();
-    match kind % 8 {
+    match kind & 7 {
         0 => splash(file, u64::from(place) % 256, input),
         1 => splash(file, layout.chunk_word(ChunkId(u32::from(place) % 2)), input),
         2 => splash(file, record + u64::from(kind >> 3), input),
@@ -166,7 +169,14 @@ fn damage(file: &File, geometry: Geometry, input: &mut Bytes<'_>) {
         // The bits of namespaces that are used.
         4 => splash(file, 512 + u64::from(place) % 512, input),
         5 => drop(file.set_len(u64::from(input.u32()) * 64)),
-        _ => forge(file, &layout, slot, input),
+        6 => forge(file, &layout, slot, input),
+        // A word that a server could have written.
+        _ => {
+            let word = [ChunkWord::Cold, ChunkWord::Draining(PARTS as u32), ChunkWord::Assigned(PARTS as u32)];
+            table_of(file, &layout)
+                .into_iter()
+                .for_each(|table| table.set_chunk(ChunkId(1), word[usize::from(place % 3)]));
+        }
     }
 }
 
@@ -183,21 +193,6 @@ fn table_of(file: &File, layout: &Layout) -> Option<TableMap> {
     let bytes = layout.table_bytes();
     let whole = file.metadata().unwrap().len() >= bytes;
     whole.then(|| TableMap::new(Mapping::new(file, 0, bytes, Access::ReadWrite).unwrap(), *layout))
-}
-
-/// No server leaves a record that is not Free outside the slots of its chunk: all of them are evicted before the chunk's
-/// word changes. So damage to that word alone is not looked for.
-fn forget_strays(file: &File, geometry: Geometry) {
-    let Some(table) = table_of(file, &Layout::new(geometry)) else { return };
-    for chunk in (0..geometry.chunks).map(ChunkId) {
-        let slots = match table.chunk(chunk) {
-            Some(ChunkWord::Assigned(pages) | ChunkWord::Draining(pages)) => geometry.slots_per_chunk(pages),
-            Some(ChunkWord::Cold | ChunkWord::Free) => 0,
-            None => continue,
-        };
-        let strays = (slots..geometry.chunk_pages()).filter_map(|index| table.record(geometry.slot(chunk, index)));
-        strays.for_each(|record| record.evict());
-    }
 }
 
 /// A record that is whole, of any block.

@@ -177,7 +177,8 @@ fn command(name: &str, socket: PathBuf, tcp: &str) -> Command {
     command
         .args(["serve", "--size", "4MiB", "--chunk", "2MiB", "--tcp", tcp, "--name", name, "--socket"])
         .arg(socket)
-        .args(["--until-pid", &std::process::id().to_string()])
+        // A test that is killed leaves neither server nor file.
+        .args(["--ephemeral", "--until-pid", &std::process::id().to_string()])
         .stderr(Stdio::piped());
     command
 }
