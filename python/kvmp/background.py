@@ -10,10 +10,9 @@ import time
 from .client import Client
 from .endpoint import serve_flags
 from .errors import KvmpError
-from .server import answers
 
 _POLL_S = 0.005
-_HELLO_S = 1.0
+_HELLO_MS = 1000
 # A server that found its name taken leaves this long for the one that has it to answer.
 _OTHER_S = 2.0
 # What one that is not wanted has to drain before it is killed.
@@ -39,20 +38,21 @@ def start(
     command = [sys.executable, "-m", *serve_command(size, endpoint, until_pid)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
-        _await_answer(process, endpoint, socket_dir, timeout_s)
+        pid = _await_pid(process, endpoint, socket_dir, timeout_s)
     except BaseException:
         _end(process)
         raise
-    if _pid_at(endpoint, socket_dir) == process.pid:
+    if pid == process.pid:
         return process
     _end(process)
     return None
 
 
-def _await_answer(process: "subprocess.Popen[bytes]", endpoint: str, socket_dir: str | None, timeout_s: float) -> None:
+def _await_pid(process: "subprocess.Popen[bytes]", endpoint: str, socket_dir: str | None, timeout_s: float) -> int:
+    """The pid of the server that answers there, ``process`` or one that was faster."""
     deadline = time.monotonic() + timeout_s
     ended_at: float | None = None
-    while not answers(endpoint, _HELLO_S, socket_dir):
+    while (pid := _pid_at(endpoint, socket_dir)) is None:
         now = time.monotonic()
         if ended_at is None and process.poll() is not None:
             ended_at = now  # it found its name or address taken: whoever has it may be about to answer
@@ -64,13 +64,14 @@ def _await_answer(process: "subprocess.Popen[bytes]", endpoint: str, socket_dir:
             where = f" (looked for in {socket_dir})" if socket_dir else ""
             raise KvmpError(f"the server started at {endpoint} was not ready within {timeout_s} s{where}")
         time.sleep(_POLL_S)
+    return pid
 
 
 def _pid_at(endpoint: str, socket_dir: str | None) -> int | None:
-    """The pid of the server that answers there; None when it has gone again."""
+    """The pid of the server that answers there; None while none does."""
     try:
-        with Client.connect(endpoint, role="tool", socket_dir=socket_dir) as client:
-            return int(client.stats()["pid"])
+        with Client.connect(endpoint, role="tool", socket_dir=socket_dir, timeout_ms=_HELLO_MS) as client:
+            return int(client.stats(timeout_ms=_HELLO_MS)["pid"])
     except KvmpError:
         return None
 

@@ -160,11 +160,10 @@ def _flags(options: Mapping[str, object]) -> list[str]:
     return [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
 
 
-def answers(endpoint: str, timeout_s: float, socket_dir: str | None = None) -> bool:
+def answers(endpoint: str, timeout_s: float) -> bool:
     """Whether a server takes a hello at ``endpoint`` within ``timeout_s`` seconds."""
     try:
-        bound = max(1, int(timeout_s * 1000))
-        Client.connect(endpoint, role="tool", socket_dir=socket_dir, timeout_ms=bound).close()
+        Client.connect(endpoint, role="tool", timeout_ms=max(1, int(timeout_s * 1000))).close()
     except ConnectError:
         return False
     return True

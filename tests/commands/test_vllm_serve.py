@@ -315,6 +315,30 @@ def test_one_that_came_first_is_used(nobody: str) -> None:
         assert background.start("64MiB", nobody, until_pid=os.getpid()) is None
 
 
+def test_a_server_that_is_slow_for_a_moment_is_still_the_one_that_was_started(
+    nobody: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    pid_at = background._pid_at
+
+    def slow(endpoint: str, socket_dir: str | None) -> int | None:
+        found = pid_at(endpoint, socket_dir)
+        if found is not None:
+            asked.append(endpoint)
+        return found if len(asked) > 3 else None
+
+    monkeypatch.setattr(background, "_pid_at", slow)
+    server = background.start("64MiB", nobody, until_pid=os.getpid())
+    assert server is not None
+    try:
+        assert len(asked) == 4
+        assert server.poll() is None
+    finally:
+        server.terminate()
+        server.wait(10)
+        Path(f"/dev/shm/{server_name(nobody)}.kvmp").unlink()
+
+
 def test_a_server_that_is_looked_for_elsewhere_is_not_ready(nobody: str, tmp_path: Path) -> None:
     with pytest.raises(KvmpError, match=rf"not ready within 1.0 s \(looked for in {tmp_path}/elsewhere\)"):
         background.start("64MiB", nobody, until_pid=os.getpid(), socket_dir=f"{tmp_path}/elsewhere", timeout_s=1.0)

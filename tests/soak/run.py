@@ -128,7 +128,7 @@ class Soak:
         thaw = threading.Timer(self._random.uniform(*_LONG_S), self._signal, (processes, signal.SIGCONT))
         thaw.start()
         self._thaws.append(thaw)
-        self._frozen += processes
+        self._frozen = [*self._frozen[-8:], *processes]  # of long ago none is frozen, and a pid may be another's by now
 
     @staticmethod
     def _signal(processes: list[Process], number: signal.Signals) -> None:

@@ -10,7 +10,9 @@ use sha2::{Digest, Sha256};
 
 use crate::geometry::PAGE;
 use crate::ids::{GroupId, PartId};
-use crate::wire::LOOKUP_MAX;
+
+/// Most keys in one lookup or reserve, and most slots in one commit or abort.
+pub const LOOKUP_MAX: u32 = 16_384;
 
 /// Version of the slot and part layout; part of every digest and of the segment header.
 pub const LAYOUT_VERSION: u32 = 2;

@@ -4,8 +4,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::ring::Entry;
 
-/// Most keys in one lookup or reserve, and most slots in one commit or abort.
-pub const LOOKUP_MAX: u32 = 16_384;
+pub use crate::namespace::LOOKUP_MAX;
 
 /// What a submission asks for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
