@@ -82,7 +82,8 @@ impl OldServer {
         };
         let socket = canonical(socket).doing(|| format!("finding {}", socket.display()))?;
         check_uid(uid, pid, &socket)?;
-        // Held before the look at its locks: from then on the pid cannot come to mean another process.
+        // Held before the look at its locks: SIGTERM goes through it, so if it still names a living process then, the pid
+        // meant that one all along.
         let process = u32::try_from(pid).ok().filter(|pid| *pid > 0).and_then(|pid| WatchedProcess::open(pid).ok());
         let process = process.ok_or_else(|| {
             refused(format!(
