@@ -304,8 +304,8 @@ impl Server {
             let backing = Backing { file: segment.file(), layout, arena_dir, sources, stop: &stop.flag };
             let mut backed = backed_before;
             let ended = backing.run(cold, |chunk| {
-                backed += 1;
                 if segment.table.evict_strays(chunk) {
+                    backed += 1;
                     plane.send(Command::ChunkBacked(chunk));
                 } else {
                     tracing::warn!(
