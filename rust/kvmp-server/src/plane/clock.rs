@@ -7,6 +7,10 @@ use kvmp_core::segment::{ChunkWord, TableMap};
 
 use crate::segment::boot_clock_ns;
 
+/// Uses later than this after the file was made are not believed: no machine runs for so long (4.2 years), and no check
+/// covers a record's time. The clock so has half of what `touched` holds before it, whatever bit has flipped.
+const BELIEVED: Ticks = Ticks(1 << 31);
+
 /// Ticks from a boot-time clock in nanoseconds.
 #[derive(Debug)]
 pub(crate) struct SegmentClock {
@@ -44,7 +48,11 @@ fn newest_use(table: &TableMap) -> Ticks {
         (0..slots).map(move |index| geometry.slot(chunk, index))
     });
     let records = slots.filter_map(|slot| Some(table.record(slot)?.read()));
-    records.filter(|record| record.whole).map(|record| Ticks(u64::from(record.touched))).max().unwrap_or_default()
+    newest_believed(records.filter(|record| record.whole).map(|record| record.touched))
+}
+
+fn newest_believed(stamps: impl Iterator<Item = u32>) -> Ticks {
+    stamps.map(|touched| Ticks(u64::from(touched))).filter(|at| *at < BELIEVED).max().unwrap_or_default()
 }
 
 fn ticks(ns: u64) -> Ticks {
@@ -68,5 +76,19 @@ mod tests {
         let clock = SegmentClock::new(1_000_000 * S, || Ticks(77), 10 * S);
         assert_eq!((clock.at(10 * S), clock.at(11 * S)), (Ticks(77), Ticks(77 + 16)));
         assert_eq!(clock.at(9 * S), Ticks(77));
+    }
+
+    #[test]
+    fn a_flipped_bit_in_a_records_time_does_not_use_the_clock_up() {
+        let (used, half) = (1_000_000, u64::from(u32::MAX / 2));
+        for bit in 0..32 {
+            let newest = newest_believed([used, used - 7, used ^ 1 << bit].into_iter());
+            assert!(newest >= Ticks(u64::from(used)) && newest.0 <= half, "bit {bit}: {newest:?}");
+            // For all the years to come, what is used later has a later time.
+            let clock = SegmentClock::new(2 * S, || newest, S);
+            let in_years = |years: u64| clock.at(S + years * 365 * 86_400 * S).touched();
+            assert!((0..4).all(|years| in_years(years) < in_years(years + 1)), "bit {bit}");
+        }
+        assert_eq!(newest_believed(std::iter::empty()), Ticks(0));
     }
 }
