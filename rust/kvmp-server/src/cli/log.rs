@@ -8,14 +8,13 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::time::Duration;
 
 use tracing::level_filters::LevelFilter;
 
+use super::last::LAST_LINES;
+
 /// Lines that may wait to be written.
 const LINES: usize = 1024;
-/// How long the end of the server waits for the last of them.
-const LAST_LINES: Duration = Duration::from_millis(500);
 
 enum Item {
     Line(Vec<u8>),

@@ -9,11 +9,10 @@ macro_rules! say {
 }
 mod ask;
 mod bus;
+mod last;
 mod log;
 mod serve;
 mod wheel;
-
-use std::io::Write;
 
 use clap::{Parser, Subcommand};
 
@@ -80,7 +79,7 @@ pub fn main(args: Vec<String>) -> i32 {
     match done {
         Ok(()) => 0,
         Err(e) => {
-            let _ = writeln!(std::io::stderr(), "kvmp: {e}");
+            last::say_last(format!("kvmp: {e}\n").as_bytes(), last::LAST_LINES);
             e.exit_code()
         }
     }

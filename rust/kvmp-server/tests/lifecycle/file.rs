@@ -79,7 +79,7 @@ fn a_server_whose_file_is_made_shorter_ends_and_says_why() {
 }
 
 /// A session's socket and the doorbell of the data plane. Nothing is mapped.
-fn doorbell(house: &House) -> (OwnedFd, OwnedFd) {
+pub fn doorbell(house: &House) -> (OwnedFd, OwnedFd) {
     let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
     rustix::net::connect(&socket, &SocketAddrUnix::new(house.socket()).unwrap()).unwrap();
     let (role, pid) = (Role::Tool, std::process::id());

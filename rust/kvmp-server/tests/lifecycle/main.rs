@@ -17,4 +17,5 @@ mod served;
 mod stopped;
 mod strangers;
 mod taken;
+mod unread;
 mod upgrade;
