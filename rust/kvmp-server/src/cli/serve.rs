@@ -108,10 +108,12 @@ fn wait(server: &Server, signals: &mut Signals) -> Result<(), ServerError> {
             tracing::info!("{name}: stopping");
             return Ok(());
         }
+        // In this order: a thread that ends for a reason has told it before.
+        let is_serving = server.is_serving();
         if let Some(error) = server.failure() {
             return Err(error);
         }
-        if !server.is_serving() {
+        if !is_serving {
             return Err(ServerError::Os {
                 what: "a thread of the server ended".into(),
                 source: std::io::Error::other("see above"),

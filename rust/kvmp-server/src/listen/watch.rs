@@ -48,7 +48,7 @@ impl FileWatch {
     }
 
     fn shortened(&self, bytes: u64, of: u64) -> ServerError {
-        if let Err(e) = self.segment.table.sever() {
+        if let Err(e) = self.segment.sever() {
             tracing::error!("letting go of the segment: {e}");
         }
         ServerError::Shortened { path: self.segment.path().to_owned(), bytes, of }

@@ -122,14 +122,23 @@ impl Plane {
         })
     }
 
-    /// Serves until told to stop.
+    /// Serves until told to stop, or until there is no file any more to serve from.
     pub fn run(mut self) {
         while !self.stopping {
+            if self.segment.is_severed() {
+                return self.wait_for_the_end();
+            }
             if !(self.turn() || self.spin()) {
                 self.sleep();
             }
         }
         self.drain();
+    }
+
+    /// Nothing is answered any more, and nothing is drained. The thread stays: its end would be a failure of its own, told
+    /// before the control thread has told the reason.
+    fn wait_for_the_end(self) {
+        while !matches!(self.commands.recv(), Ok(Command::Stop) | Err(_)) {}
     }
 
     /// Commands, a slice of each session, what time has brought; whether there was anything to do.

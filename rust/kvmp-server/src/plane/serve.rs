@@ -83,6 +83,8 @@ impl Plane {
         };
         match step {
             Step::Go(running) => session.running = Some(running),
+            // After the work and before the answer: what was begun in the file may have ended in private zeroes.
+            Step::Done(_) if self.segment.is_severed() => return Ok(false),
             Step::Done(completion) => session.complete(&completion)?,
         }
         Ok(true)

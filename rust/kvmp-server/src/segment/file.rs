@@ -7,6 +7,7 @@ use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use kvmp_core::geometry::Geometry;
 use kvmp_core::segment::{Access, Layout, Mapping, SegmentHeader, SegmentId, TableMap};
@@ -60,6 +61,7 @@ pub struct SegmentFile {
     pub table: TableMap,
     /// What was there before.
     pub found: Found,
+    severed: AtomicBool,
 }
 
 fn open_rw(path: &Path) -> io::Result<File> {
@@ -213,7 +215,7 @@ impl SegmentFile {
         header.server_pid = u64::from(std::process::id());
         header.server_start = start_time(std::process::id());
         table.set_header(&header);
-        Ok(Self { path, file, table, found })
+        Ok(Self { path, file, table, found, severed: AtomicBool::new(false) })
     }
 
     /// Notes that recovery begins; one that never ends is seen by the next start.
@@ -250,6 +252,26 @@ impl SegmentFile {
         use std::os::fd::AsRawFd;
         let own = format!("/proc/self/fd/{}", self.file.as_raw_fd());
         Ok(OpenOptions::new().read(true).write(write).open(own)?.into())
+    }
+
+    /// Lets go of the file for good: whatever the table is asked from here on, it reads and writes private zeroes. What
+    /// was worked out of them must not be told to anybody: `is_severed`.
+    pub fn sever(&self) -> io::Result<()> {
+        // Before the first such page is there.
+        self.severed.store(true, Ordering::SeqCst);
+        self.table.sever()
+    }
+
+    /// Whether the file was let go of, as far as that can matter to what this thread has done with the table so far: where
+    /// it answers no, all of that was done in the file.
+    ///
+    /// An access that met a private page did so after the kernel had taken the file's pages out of the page table and had
+    /// heard of every core that it had forgotten them (the shootdown ends before `sever`'s mmap puts a page there), so
+    /// after the flag was set and seen. The fence keeps this thread's accesses, stores too, before its look at the flag.
+    #[must_use]
+    pub fn is_severed(&self) -> bool {
+        fence(Ordering::SeqCst);
+        self.severed.load(Ordering::SeqCst)
     }
 
     /// What has become of the file since it was made or found.

@@ -11,9 +11,12 @@ mod damage;
 mod file;
 mod image;
 mod load;
+#[path = "../clients/raw.rs"]
+mod raw;
 mod restarts;
 mod room;
 mod served;
+mod severed;
 mod stopped;
 mod strangers;
 mod taken;

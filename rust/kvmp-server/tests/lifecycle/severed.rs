@@ -1,0 +1,96 @@
+//! A server whose file was made shorter lets go of it, and answers nothing any more that is not in the file.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use kvmp_core::geometry::Geometry;
+use kvmp_core::ids::SlotId;
+use kvmp_core::ring::{COMPLETIONS, Consumer, MappedQueue};
+use kvmp_core::segment::Layout;
+use kvmp_core::wire::{Completion, GrantOut, Op, Role, Submission};
+use zerocopy::IntoBytes;
+
+use crate::raw::Raw;
+use crate::served::{House, Served};
+use crate::support::{chain, spec, until};
+
+const MIB: u64 = 1 << 20;
+/// In the scratch area: where answers go, behind one key.
+const OUT: u32 = 64;
+
+/// A scheduler that looks for its answers in the ring only, never at its socket: a hang-up does not stop it.
+struct Asker {
+    raw: Raw,
+    completions: Consumer<MappedQueue>,
+    namespace: u16,
+    file: File,
+}
+
+impl Asker {
+    fn new(house: &House) -> Self {
+        let raw = Raw::attach(&house.socket(), Role::Scheduler);
+        let namespace = raw.open(&spec("m", &[9000]));
+        raw.ring.write_scratch(0, &chain(1, 1)[0]);
+        let completions = Consumer::new(raw.ring.queue(COMPLETIONS));
+        Self { raw, completions, namespace, file: house.file() }
+    }
+
+    /// `None`: the server has ended without an answer.
+    fn ask(&mut self, served: &mut Served, submission: Submission) -> Option<Completion> {
+        self.raw.submit(submission);
+        let mut answer = None;
+        until("it answers or ends", || {
+            let runs = served.is_running();
+            answer = self.completions.pop().unwrap().map(Completion::from_entry);
+            answer.is_some() || !runs
+        });
+        answer
+    }
+
+    /// Asks for a slot, looks whether the file says that it is ours, and gives it back.
+    fn round(&mut self, served: &mut Served) -> Option<()> {
+        let (op, namespace) = (Op::Reserve as u8, self.namespace);
+        let reserve = Submission {
+            op,
+            namespace,
+            count: 1,
+            in_bytes: 32,
+            out_offset: OUT,
+            out_bytes: 16,
+            ..Submission::default()
+        };
+        let granted = self.ask(served, reserve)?;
+        assert_eq!((granted.code, granted.count), (0, 1), "{granted:?}");
+        let mut grant = GrantOut::default();
+        self.raw.ring.read_scratch(OUT, grant.as_mut_bytes());
+        assert_eq!(self.word(SlotId(grant.slot)), grant.word, "it granted what every reader takes for another block's");
+        self.ask(served, Submission { op: Op::Cancel as u8, lease: granted.lease, ..Submission::default() })?;
+        Some(())
+    }
+
+    /// A slot's word, read from the file: a mapping of it might end this test.
+    fn word(&self, slot: SlotId) -> u64 {
+        let layout = Layout::new(Geometry::new(16 * MIB, Some(2 * MIB)).unwrap());
+        let mut word = [0; 8];
+        self.file.read_exact_at(&mut word, layout.record(slot).unwrap()).unwrap();
+        u64::from_ne_bytes(word)
+    }
+}
+
+#[test]
+fn what_an_attached_client_is_told_is_in_the_file_until_the_server_ends() {
+    let house = House::new();
+    let mut served = house.start(&[]);
+    served.says("are backed");
+    let mut asker = Asker::new(&house);
+    (0..50).for_each(|_| asker.round(&mut served).unwrap());
+    // The last chunk; the table stays.
+    asker.file.set_len(80 * MIB).unwrap();
+    let mut rounds = 0;
+    while asker.round(&mut served).is_some() {
+        rounds += 1;
+    }
+    assert_eq!(served.wait().code(), Some(1), "{}", served.log());
+    assert!(served.log().contains("it was made shorter from outside, to 80 MiB of"), "{}", served.log());
+    eprintln!("{rounds} rounds between the shortening and the end");
+}
