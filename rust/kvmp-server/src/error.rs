@@ -106,6 +106,14 @@ pub enum ServerError {
     /// A running server was to be taken over from, and that did not work out.
     #[error("--upgrade: {0}")]
     Upgrade(String),
+    /// The start was given up while it waited for a running server.
+    #[error("{why}: stopping; {left}")]
+    GivenUp {
+        /// What made it give up, as in SIGTERM.
+        why: String,
+        /// What becomes of the running server.
+        left: String,
+    },
     /// A segment is to be removed that a server has.
     #[error("segment {}: a kvmp server ({}) has it; {} first", path.display(), who(holder.as_ref()), mend(holder.as_ref()))]
     SegmentInUse {

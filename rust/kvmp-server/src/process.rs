@@ -72,6 +72,11 @@ impl WatchedProcess {
         }
     }
 
+    /// The words for its end, once it has ended.
+    pub(crate) fn has_ended(&self) -> Option<String> {
+        self.ends_within(Duration::ZERO).then(|| format!("process {} ended", self.pid))
+    }
+
     /// Whether it has ended; waits for that, at most `limit` and no longer than until a signal comes.
     #[must_use]
     pub fn ends_within(&self, limit: Duration) -> bool {

@@ -213,13 +213,23 @@ impl Server {
 
     /// Starts a server with checked settings.
     pub fn start(config: ServerConfig) -> Result<Self, ServerError> {
+        Self::start_unless(config, &mut || None)
+    }
+
+    /// As `start`, but for [`ServerError::GivenUp`] as soon as `given_up` says why, or the watched process ends, while
+    /// another server is waited for (`upgrade`).
+    pub fn start_unless(
+        config: ServerConfig,
+        given_up: &mut dyn FnMut() -> Option<String>,
+    ) -> Result<Self, ServerError> {
         // First of all: a process that ends while the server starts is seen to have ended.
         let watched = config.until_pid.map(WatchedProcess::open).transpose()?;
+        let mut given_up = || given_up().or_else(|| watched.as_ref()?.has_ended());
         let geometry = Geometry::new(config.size, config.chunk)?;
         let sources = Sources::default();
         check_size(&config, &geometry, &sources)?;
         let claim = match &config.upgrade {
-            Some(upgrade) => upgrade::claim(&config, geometry, upgrade)?,
+            Some(upgrade) => upgrade::claim(&config, geometry, upgrade, &mut given_up)?,
             None => Claim::new(&config, geometry)?,
         };
         // Whatever may be refused is, before an old cache is given up for a new file.

@@ -23,21 +23,43 @@ const ANSWERS: Duration = Duration::from_secs(1);
 /// How long one that has let go may take to end, and with that to leave its port.
 const ENDS: Duration = Duration::from_secs(1);
 
+/// Looked at while another server is waited for: why this start is to be given up, once it is.
+pub(crate) type GivenUp<'a> = dyn FnMut() -> Option<String> + 'a;
+
+/// An error where the start is to be given up; `left` says what that leaves behind.
+fn go_on(given_up: &mut GivenUp<'_>, left: impl FnOnce() -> String) -> Result<(), ServerError> {
+    given_up().map_or(Ok(()), |why| Err(ServerError::GivenUp { why, left: left() }))
+}
+
+fn not_asked(config: &ServerConfig) -> String {
+    format!("the server that has the name '{}' was not asked to stop and stays", config.name)
+}
+
 /// The claim to a name, taken over where a server has it.
-pub(crate) fn claim(config: &ServerConfig, geometry: Geometry, upgrade: &Upgrade) -> Result<Claim, ServerError> {
+pub(crate) fn claim(
+    config: &ServerConfig,
+    geometry: Geometry,
+    upgrade: &Upgrade,
+    given_up: &mut GivenUp<'_>,
+) -> Result<Claim, ServerError> {
     match Claim::try_new(config, geometry)? {
         Ok(claim) => {
             tracing::info!("--upgrade: no server runs under the name '{}'; starting as usual", config.name);
             Ok(claim)
         }
-        Err(_) => take_over(config, geometry, upgrade),
+        Err(_) => take_over(config, geometry, upgrade, given_up),
     }
 }
 
-fn take_over(config: &ServerConfig, geometry: Geometry, upgrade: &Upgrade) -> Result<Claim, ServerError> {
-    let until = Instant::now() + upgrade.drain_timeout;
+fn take_over(
+    config: &ServerConfig,
+    geometry: Geometry,
+    upgrade: &Upgrade,
+    given_up: &mut GivenUp<'_>,
+) -> Result<Claim, ServerError> {
     let answers_until = Instant::now() + ANSWERS;
     loop {
+        go_on(given_up, || not_asked(config))?;
         let file = match Claim::try_new(config, geometry)? {
             Ok(claim) => return Ok(claim),
             Err(file) => file,
@@ -45,8 +67,9 @@ fn take_over(config: &ServerConfig, geometry: Geometry, upgrade: &Upgrade) -> Re
         match OldServer::find(config, upgrade, &file) {
             Ok(old) => {
                 old.check_room_beside(config)?;
-                old.ask_to_stop(upgrade, until)?;
-                return old.wait(config, geometry, upgrade, until);
+                old.wait_until_it_runs(config, upgrade, given_up)?;
+                old.ask_to_stop()?;
+                return old.wait(config, geometry, upgrade, given_up);
             }
             Err(why) if Instant::now() >= answers_until => return Err(why),
             Err(_) => std::thread::sleep(GLANCE),
@@ -103,35 +126,52 @@ impl OldServer {
         Rendezvous::check(config, &self.socket)
     }
 
-    /// SIGTERM, unless a signal has stopped it: it would act on that long after this start has given up.
-    fn ask_to_stop(&self, upgrade: &Upgrade, until: Instant) -> Result<(), ServerError> {
-        let pid = self.process.pid();
+    /// One that a signal has stopped is not asked: it would act on that long after this start has given up.
+    fn wait_until_it_runs(
+        &self,
+        config: &ServerConfig,
+        upgrade: &Upgrade,
+        given_up: &mut GivenUp<'_>,
+    ) -> Result<(), ServerError> {
+        let until = Instant::now() + upgrade.drain_timeout;
         if self.process.is_stopped() {
-            tracing::info!("--upgrade: a signal has stopped pid {pid}; waiting for it to go on");
+            tracing::info!("--upgrade: a signal has stopped pid {}; waiting for it to go on", self.process.pid());
         }
         while self.process.is_stopped() {
             if Instant::now() >= until {
-                return Err(refused(format!(
-                    "a signal has stopped pid {pid}, the server at {}, and nothing let it go on within {:?}; it was left as \
-                     it is; let it go on with `kill -CONT {pid}` and try again",
-                    self.socket.display(),
-                    upgrade.drain_timeout
-                )));
+                return Err(self.is_stopped(upgrade));
             }
             std::thread::sleep(GLANCE);
+            go_on(given_up, || not_asked(config))?;
         }
+        Ok(())
+    }
+
+    fn is_stopped(&self, upgrade: &Upgrade) -> ServerError {
+        let pid = self.process.pid();
+        refused(format!(
+            "a signal has stopped pid {pid}, the server at {}, and nothing let it go on within {:?}; it was left as it is; \
+             let it go on with `kill -CONT {pid}` and try again",
+            self.socket.display(),
+            upgrade.drain_timeout
+        ))
+    }
+
+    fn ask_to_stop(&self) -> Result<(), ServerError> {
+        let pid = self.process.pid();
         tracing::info!("--upgrade: asking pid {pid}, the server at {}, to stop", self.socket.display());
         self.process.terminate().doing(|| format!("--upgrade: sending SIGTERM to pid {pid}"))
     }
 
+    /// After SIGTERM: its time to let go begins now.
     fn wait(
         &self,
         config: &ServerConfig,
         geometry: Geometry,
         upgrade: &Upgrade,
-        until: Instant,
+        given_up: &mut GivenUp<'_>,
     ) -> Result<Claim, ServerError> {
-        let pid = self.process.pid();
+        let (pid, until) = (self.process.pid(), Instant::now() + upgrade.drain_timeout);
         loop {
             // In this order: one that ended let go of the lock before that.
             let ended = self.process.ends_within(GLANCE);
@@ -145,9 +185,21 @@ impl OldServer {
                 // Another start was faster.
                 Err(file) if ended => return Err(name_taken(config, &file)),
                 Err(_) if Instant::now() >= until => return Err(self.still_there(config, upgrade)),
-                Err(_) => {}
+                Err(_) => go_on(given_up, || self.asked(config))?,
             }
         }
+    }
+
+    /// What is left where this start ends between SIGTERM and the end of the other server.
+    fn asked(&self, config: &ServerConfig) -> String {
+        format!(
+            "pid {}, the server at {}, was asked to stop before that (SIGTERM): once it has, no server has the name '{}'; \
+             what it leaves in {} is for the next start",
+            self.process.pid(),
+            self.socket.display(),
+            config.name,
+            segment_path(&config.arena_dir, &config.name).display()
+        )
     }
 
     fn still_there(&self, config: &ServerConfig, upgrade: &Upgrade) -> ServerError {

@@ -76,7 +76,13 @@ pub(super) fn run(args: ServeArgs) -> Result<(), ServerError> {
     let mut signals = Signals::new([SIGTERM, SIGINT]).doing(|| "handling signals".into())?;
     raise_file_limit();
     bus::explain()?;
-    let server = Server::start(config)?;
+    let server = match Server::start_unless(config, &mut || told_to_stop(&mut signals)) {
+        Err(given_up @ ServerError::GivenUp { .. }) => {
+            tracing::info!("{given_up}");
+            return Ok(());
+        }
+        started => started?,
+    };
     say_ready(&server);
     let outcome = wait(&server, &mut signals);
     finish(server);
@@ -103,9 +109,8 @@ fn say_ready(server: &Server) {
 
 fn wait(server: &Server, signals: &mut Signals) -> Result<(), ServerError> {
     loop {
-        if let Some(signal) = signals.pending().next() {
-            let name = if signal == SIGTERM { "SIGTERM" } else { "SIGINT" };
-            tracing::info!("{name}: stopping");
+        if let Some(why) = told_to_stop(signals) {
+            tracing::info!("{why}: stopping");
             return Ok(());
         }
         // In this order: a thread that ends for a reason has told it before.
@@ -119,20 +124,28 @@ fn wait(server: &Server, signals: &mut Signals) -> Result<(), ServerError> {
                 source: std::io::Error::other("see above"),
             });
         }
-        if let Some(pid) = watched_process_ended(server) {
-            tracing::info!("process {pid} ended: stopping");
+        if let Some(why) = watched_process_ended(server) {
+            tracing::info!("{why}: stopping");
             return Ok(());
         }
     }
 }
 
-/// The pid of `--until-pid` once that process has ended; lets a glance's time pass otherwise.
-fn watched_process_ended(server: &Server) -> Option<u32> {
+/// The signal that came, if one did.
+fn told_to_stop(signals: &mut Signals) -> Option<String> {
+    let signal = signals.pending().next()?;
+    Some(if signal == SIGTERM { "SIGTERM" } else { "SIGINT" }.into())
+}
+
+/// Says so once the process of `--until-pid` has ended; lets a glance's time pass otherwise.
+fn watched_process_ended(server: &Server) -> Option<String> {
     let Some(watched) = server.watched() else {
         std::thread::sleep(GLANCE);
         return None;
     };
-    watched.ends_within(GLANCE).then(|| watched.pid())
+    // Sooner than that if it ends.
+    let _ = watched.ends_within(GLANCE);
+    watched.has_ended()
 }
 
 fn finish(server: Server) {

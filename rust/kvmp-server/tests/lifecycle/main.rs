@@ -22,3 +22,4 @@ mod strangers;
 mod taken;
 mod unread;
 mod upgrade;
+mod waits;

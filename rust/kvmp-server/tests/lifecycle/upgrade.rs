@@ -90,6 +90,15 @@ fn a_server_that_a_signal_has_stopped_is_waited_for_and_not_asked() {
     assert!(winner.is_running() && winner.log().contains("50 blocks kept"), "{}", winner.log());
 }
 
+/// A server of another make: one of the functions that are not tests.
+pub fn other_make(house: &House, which: &str) -> Served {
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    command.args(["--ignored", "--exact", "--nocapture", which]).env("KVMP_TEST_HOUSE", house.path(""));
+    let served = Served::spawn(command);
+    served.says("deaf");
+    served
+}
+
 /// Not a test: a server of another make that does not heed SIGTERM. It counts them in its segment's second page.
 #[test]
 #[ignore = "run as a process of its own by the test below"]
@@ -123,12 +132,7 @@ fn lock_byte_0(file: &std::fs::File) {
 #[test]
 fn a_server_that_does_not_go_in_time_keeps_all_it_has() {
     let house = House::new();
-    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-    command
-        .args(["--ignored", "--exact", "--nocapture", "upgrade::deaf_server"])
-        .env("KVMP_TEST_HOUSE", house.path(""));
-    let mut deaf = Served::spawn(command);
-    deaf.says("deaf");
+    let mut deaf = other_make(&house, "upgrade::deaf_server");
     let inode = house.inode();
     let (code, log) = house.fails(&["--upgrade", "--drain-timeout", "300ms"]);
     assert!(code == 1 && log.contains(&format!("pid {}, the server at", deaf.pid())), "{log}");
