@@ -8,7 +8,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 
-use crate::error::{Context, ServerError};
+use crate::error::ServerError;
 
 /// A process that was running when it was first looked at.
 #[derive(Debug)]
@@ -22,8 +22,23 @@ pub struct WatchedProcess {
 enum By {
     /// Becomes readable with its end.
     PidFd(OwnedFd),
-    /// Where there are no pidfds: its start time in clock ticks since boot, which a later process of its pid has not.
+    /// Where there are no pidfds: its start time in clock ticks since boot, which a later process of its pid has not. A
+    /// signal goes to the pid then: were the process to end between the look and the signal, and its pid be given to
+    /// another one in that very moment, that one would be meant.
     StartTime(u64),
+}
+
+/// Why a process cannot be watched.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Unwatchable {
+    #[error("is the server itself; give the pid of the process whose end is to end the server")]
+    Itself,
+    #[error("is no process id; they go from 1 to 2147483647")]
+    NoPid,
+    #[error("there is no such process; give the pid of one that runs, in this pid namespace")]
+    NoSuch,
+    #[error("opening a pidfd: {0}")]
+    System(std::io::Error),
 }
 
 impl WatchedProcess {
@@ -32,19 +47,24 @@ impl WatchedProcess {
     /// # Errors
     /// A configuration error that names `--until-pid` where there is no such process, or it is this one.
     pub fn open(pid: u32) -> Result<Self, ServerError> {
+        Self::watch(pid).map_err(|why| until_pid(pid, why))
+    }
+
+    /// As `open`, for a process that no setting names.
+    pub(crate) fn watch(pid: u32) -> Result<Self, Unwatchable> {
         let wanted = checked(pid)?;
         match pidfd_open(wanted, PidfdFlags::empty()) {
             Ok(fd) => Ok(Self { pid, by: By::PidFd(fd) }),
             // Old kernels, and sandboxes that answer calls they do not know with EPERM.
             Err(Errno::NOSYS | Errno::PERM) => Self::by_start_time(pid),
             // EINVAL and ENOENT: the number is that of a thread.
-            Err(Errno::SRCH | Errno::INVAL | Errno::NOENT) => Err(no_such(pid)),
-            Err(e) => Err(e).doing(|| format!("--until-pid {pid}: opening a pidfd")),
+            Err(Errno::SRCH | Errno::INVAL | Errno::NOENT) => Err(Unwatchable::NoSuch),
+            Err(e) => Err(Unwatchable::System(e.into())),
         }
     }
 
-    fn by_start_time(pid: u32) -> Result<Self, ServerError> {
-        let found = Stat::of(pid).filter(Stat::is_running).ok_or_else(|| no_such(pid))?;
+    fn by_start_time(pid: u32) -> Result<Self, Unwatchable> {
+        let found = Stat::of(pid).filter(Stat::is_running).ok_or(Unwatchable::NoSuch)?;
         Ok(Self { pid, by: By::StartTime(found.start_time) })
     }
 
@@ -93,20 +113,18 @@ impl WatchedProcess {
     }
 }
 
-fn refused(pid: u32, why: &str) -> ServerError {
-    ServerError::Config { key: format!("--until-pid {pid}"), why: why.to_owned() }
-}
-
-fn no_such(pid: u32) -> ServerError {
-    refused(pid, "there is no such process; give the pid of one that runs, in this pid namespace")
-}
-
-fn checked(pid: u32) -> Result<Pid, ServerError> {
-    if pid == std::process::id() {
-        return Err(refused(pid, "is the server itself; give the pid of the process whose end is to end the server"));
+fn until_pid(pid: u32, why: Unwatchable) -> ServerError {
+    match why {
+        Unwatchable::System(source) => ServerError::Os { what: format!("--until-pid {pid}: opening a pidfd"), source },
+        why => ServerError::Config { key: format!("--until-pid {pid}"), why: why.to_string() },
     }
-    let wanted = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    wanted.ok_or_else(|| refused(pid, "is no process id; they go from 1 to 2147483647"))
+}
+
+fn checked(pid: u32) -> Result<Pid, Unwatchable> {
+    if pid == std::process::id() {
+        return Err(Unwatchable::Itself);
+    }
+    i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(Unwatchable::NoPid)
 }
 
 fn is_readable(fd: &OwnedFd, limit: Duration) -> bool {
@@ -165,7 +183,7 @@ mod tests {
         Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap()
     }
 
-    fn watch(open: fn(u32) -> Result<WatchedProcess, ServerError>) {
+    fn watch<E: std::fmt::Debug>(open: fn(u32) -> Result<WatchedProcess, E>) {
         let mut child = child();
         let watched = open(child.id()).unwrap();
         assert_eq!(watched.pid(), child.id());
@@ -178,7 +196,7 @@ mod tests {
         }
         child.wait().unwrap();
         assert!(watched.ends_within(Duration::ZERO));
-        assert!(open(child.id()).unwrap_err().to_string().contains("--until-pid"));
+        assert!(open(child.id()).is_err());
     }
 
     #[test]

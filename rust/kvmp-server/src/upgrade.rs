@@ -13,7 +13,7 @@ use kvmp_core::geometry::Geometry;
 use crate::config::{ServerConfig, Upgrade, default_socket};
 use crate::error::{Context, ServerError};
 use crate::listen::{BoundSocket, Rendezvous, canonical, who_listens};
-use crate::process::WatchedProcess;
+use crate::process::{Unwatchable, WatchedProcess};
 use crate::segment::{Claim, holds, name_taken, named, segment_path};
 
 /// Between two looks at the lock.
@@ -44,11 +44,44 @@ pub(crate) fn claim(
 ) -> Result<Claim, ServerError> {
     match Claim::try_new(config, geometry)? {
         Ok(claim) => {
-            tracing::info!("--upgrade: no server runs under the name '{}'; starting as usual", config.name);
+            say_why_as_usual(config, upgrade);
             Ok(claim)
         }
         Err(_) => take_over(config, geometry, upgrade, given_up),
     }
+}
+
+/// Nobody has the file. A server may answer all the same: one whose file was removed, or another name's.
+fn say_why_as_usual(config: &ServerConfig, upgrade: &Upgrade) {
+    let path = segment_path(&config.arena_dir, &config.name);
+    match who_answers(&sockets(config, upgrade)) {
+        None => tracing::info!("--upgrade: no server runs under the name '{}'; starting as usual", config.name),
+        Some((socket, (_, pid))) => tracing::warn!(
+            "--upgrade: {} answers at {}, but no server has {}: that one's file was removed, or is another; it is not asked \
+             to stop, and this start goes on as usual",
+            whose(pid),
+            socket.display(),
+            path.display()
+        ),
+    }
+}
+
+/// Where the server to take over from may listen.
+fn sockets(config: &ServerConfig, upgrade: &Upgrade) -> Vec<PathBuf> {
+    match &upgrade.from {
+        Some(from) => vec![from.clone()],
+        None => vec![config.socket.clone(), default_socket(&config.name)],
+    }
+}
+
+/// The first socket that somebody listens at, and his uid and pid.
+fn who_answers(sockets: &[PathBuf]) -> Option<(&PathBuf, (u32, i32))> {
+    sockets.iter().find_map(|socket| who_listens(socket).map(|who| (socket, who)))
+}
+
+fn whose(pid: i32) -> String {
+    // The kernel's word for a process that has no pid here.
+    if pid == 0 { "a process of another pid namespace".into() } else { format!("pid {pid}") }
 }
 
 fn take_over(
@@ -90,12 +123,8 @@ struct OldServer {
 impl OldServer {
     /// Whoever listens at one of the sockets that it may have, if it is the one that has `file`.
     fn find(config: &ServerConfig, upgrade: &Upgrade, file: &File) -> Result<Self, ServerError> {
-        let sockets = match &upgrade.from {
-            Some(from) => vec![from.clone()],
-            None => vec![config.socket.clone(), default_socket(&config.name)],
-        };
-        let listening = sockets.iter().find_map(|socket| who_listens(socket).map(|who| (socket, who)));
-        let Some((socket, (uid, pid))) = listening else {
+        let sockets = sockets(config, upgrade);
+        let Some((socket, (uid, pid))) = who_answers(&sockets) else {
             return Err(refused(format!(
                 "no server answers at {}, but one has {}{}; name its socket with --upgrade-from, or stop it yourself",
                 sockets.iter().map(|socket| socket.display().to_string()).collect::<Vec<_>>().join(" or "),
@@ -107,13 +136,8 @@ impl OldServer {
         check_uid(uid, pid, &socket)?;
         // Held before the look at its locks: SIGTERM goes through it, so if it still names a living process then, the pid
         // meant that one all along.
-        let process = u32::try_from(pid).ok().filter(|pid| *pid > 0).and_then(|pid| WatchedProcess::open(pid).ok());
-        let process = process.ok_or_else(|| {
-            refused(format!(
-                "the server at {} is not to be seen from this pid namespace; stop it there",
-                socket.display()
-            ))
-        })?;
+        let process =
+            WatchedProcess::watch(u32::try_from(pid).unwrap_or(0)).map_err(|why| unseen(pid, &socket, why))?;
         check_holder(config, &process, &socket, file)?;
         Ok(Self { process, socket })
     }
@@ -212,6 +236,24 @@ impl OldServer {
             upgrade.drain_timeout
         ))
     }
+}
+
+/// Why the process that listens at the socket cannot be asked to stop.
+fn unseen(pid: i32, socket: &std::path::Path, why: Unwatchable) -> ServerError {
+    let socket = socket.display();
+    refused(match why {
+        Unwatchable::NoPid => {
+            format!("the server at {socket} is not to be seen from this pid namespace; stop it there")
+        }
+        Unwatchable::NoSuch => format!(
+            "pid {pid}, which opened the socket at {socket}, has ended, and another process goes on with it; stop that one \
+             yourself (`lsof {socket}` names it)"
+        ),
+        Unwatchable::Itself => format!("the server at {socket} is this very process; stop it first"),
+        Unwatchable::System(e) => {
+            format!("pid {pid}, the server at {socket}, cannot be watched: {e}; stop it yourself")
+        }
+    })
 }
 
 fn check_uid(uid: u32, pid: i32, socket: &std::path::Path) -> Result<(), ServerError> {

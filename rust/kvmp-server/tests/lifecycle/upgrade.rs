@@ -1,5 +1,6 @@
 //! `kvmp serve --upgrade`: whom it stops, what it keeps, and when it leaves the old server alone.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -103,9 +104,18 @@ pub fn other_make(house: &House, which: &str) -> Served {
 #[test]
 #[ignore = "run as a process of its own by the test below"]
 fn deaf_server() {
-    let house = std::path::PathBuf::from(std::env::var_os("KVMP_TEST_HOUSE").unwrap());
     let asked = std::sync::Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(signal_hook::consts::SIGTERM, asked.clone()).unwrap();
+    let _open = lock_and_listen();
+    eprintln!("deaf");
+    until("it is asked to stop", || asked.load(Ordering::Relaxed));
+    eprintln!("asked");
+    std::thread::sleep(std::time::Duration::from_secs(60));
+}
+
+/// As a server has them: its file, locked, and its socket, with nobody behind it.
+pub fn lock_and_listen() -> (std::fs::File, OwnedFd) {
+    let house = std::path::PathBuf::from(std::env::var_os("KVMP_TEST_HOUSE").unwrap());
     let file = std::fs::File::create_new(house.join("lifecycle.kvmp")).unwrap();
     file.write_all_at(b"nothing that kvmp knows", 0).unwrap();
     lock_byte_0(&file);
@@ -113,11 +123,9 @@ fn deaf_server() {
     let kind = rustix::net::SocketType::SEQPACKET;
     let socket = rustix::net::socket(rustix::net::AddressFamily::UNIX, kind, None).unwrap();
     rustix::net::bind(&socket, &address).unwrap();
-    rustix::net::listen(&socket, 8).unwrap();
-    eprintln!("deaf");
-    until("it is asked to stop", || asked.load(Ordering::Relaxed));
-    eprintln!("asked");
-    std::thread::sleep(std::time::Duration::from_secs(60));
+    // Nobody accepts those who look whether somebody listens.
+    rustix::net::listen(&socket, 1024).unwrap();
+    (file, socket)
 }
 
 fn lock_byte_0(file: &std::fs::File) {

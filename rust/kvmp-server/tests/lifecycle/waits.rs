@@ -1,14 +1,15 @@
 //! `kvmp serve --upgrade` while it waits for the other server: it may be told to stop, and its time is the other's.
 
+use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::load::filled;
-use crate::served::House;
+use crate::served::{House, Served};
 use crate::support::{chain, until};
-use crate::upgrade::other_make;
+use crate::upgrade::{lock_and_listen, other_make};
 
 /// Longer than any test waits.
 const FOR_EVER: [&str; 3] = ["--upgrade", "--drain-timeout", "60m"];
@@ -68,4 +69,55 @@ fn the_time_to_let_go_begins_when_the_other_server_is_asked() {
     new.says("ready:");
     assert!(new.log().contains("50 blocks kept"), "{}", new.log());
     assert_eq!(old.wait().code(), Some(0));
+}
+
+#[test]
+fn a_server_whose_file_was_removed_is_named_and_left() {
+    let house = House::new();
+    let (mut old, engine) = filled(&house, &[]);
+    std::fs::remove_file(house.segment()).unwrap();
+    let (code, log) = house.fails(&["--upgrade"]);
+    assert!(code == 1 && log.contains(&format!("pid {} answers at", old.pid())), "{log}");
+    assert!(log.contains("file was removed") && !log.contains("no server runs"), "{log}");
+    assert!(log.contains("another server answers there") && !house.segment().exists(), "{log}");
+    assert!(old.is_running() && engine.hit(&chain(1, 50)).unwrap() == 50);
+}
+
+/// Not a test: a server of another make that ends and leaves socket and lock to a child of its.
+#[test]
+#[ignore = "run as a process of its own by the test below"]
+fn departing_server() {
+    let (file, socket) = lock_and_listen();
+    for fd in [file.as_fd(), socket.as_fd()] {
+        rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).unwrap();
+    }
+    let mut heir = Command::new("sleep");
+    let heir = heir.arg("60").stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    eprintln!("deaf, heir {}", heir.id());
+}
+
+#[test]
+fn a_process_that_cannot_be_asked_is_refused_for_the_right_reason() {
+    let house = House::new();
+    let mut departed = other_make(&house, "waits::departing_server");
+    departed.says("heir");
+    assert!(departed.wait().success());
+    let log = departed.log();
+    let heir = log.split_once("heir ").unwrap().1.lines().next().unwrap().parse().unwrap();
+    // Two processes that cannot be asked: one that has ended, and, seen from another pid namespace, one without a pid.
+    let start = house.spawn(&["--upgrade"]);
+    let serve = house.command(&["--upgrade"]);
+    let mut elsewhere = Command::new("unshare");
+    elsewhere.args(["-rpf", "--kill-child"]).arg(serve.get_program()).args(serve.get_args());
+    let elsewhere = Served::spawn(elsewhere);
+    let mut starts = [start, elsewhere];
+    let codes = starts.each_mut().map(|start| start.wait().code());
+    kill_process(Pid::from_raw(heir).unwrap(), Signal::KILL).unwrap();
+    let ended = format!("pid {}, which opened the socket at {}, has ended", departed.pid(), house.socket().display());
+    let whys = [ended.as_str(), "is not to be seen from this pid namespace"];
+    for ((start, code), why) in starts.iter().zip(codes).zip(whys) {
+        let log = start.log();
+        let is_barred = log.contains("unshare failed") || log.contains("Operation not permitted");
+        assert!(is_barred || code == Some(1) && log.contains(why), "{why}: {log}");
+    }
 }
