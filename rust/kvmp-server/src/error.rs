@@ -171,6 +171,15 @@ pub enum ServerError {
         /// Bytes it was made with.
         of: u64,
     },
+    /// Somebody made the segment of a running server shorter, and longer again.
+    #[error(
+        "segment {}: memory at its end is gone: it was made shorter and longer again from outside; what lay there is zeroes \
+         now, so the segment is removed and the server ends; start it again, on a new segment", path.display()
+    )]
+    Hollow {
+        /// Path of the file.
+        path: PathBuf,
+    },
     /// A system call failed.
     #[error("{what}: {source}")]
     Os {

@@ -52,9 +52,11 @@ fn read_table<T: SlotTable>(
         }
     }
     store.recover_begin(slots(table));
-    let mut cold = Vec::new();
+    let (mut cold, mut last) = (Vec::new(), None);
     for chunk in (0..geometry.chunks).map(ChunkId) {
-        match table.chunk(chunk) {
+        let word = table.chunk(chunk);
+        last = if word == Some(ChunkWord::Cold) { last } else { Some(chunk) };
+        match word {
             Some(ChunkWord::Cold) => cold.push(chunk),
             Some(ChunkWord::Free) => store.chunk_backed(chunk),
             Some(ChunkWord::Assigned(pages) | ChunkWord::Draining(pages)) => {
@@ -66,6 +68,7 @@ fn read_table<T: SlotTable>(
             None => tracing::warn!("chunk {} has a word that means nothing; it is left out", chunk.0),
         }
     }
+    last.into_iter().for_each(|chunk| segment.has_memory(chunk));
     let report = store.recover_finish();
     Recovery { store, cold, report, took: Duration::ZERO }
 }

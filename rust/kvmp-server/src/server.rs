@@ -314,6 +314,7 @@ impl Server {
             let backing = Backing { file: segment.file(), layout, arena_dir, sources, stop: &stop.flag };
             let mut backed = backed_before;
             let ended = backing.run(cold, |chunk| {
+                segment.has_memory(chunk);
                 if segment.table.evict_strays(chunk) {
                     backed += 1;
                     plane.send(Command::ChunkBacked(chunk));
@@ -403,7 +404,8 @@ impl Drop for Server {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
-        if self.config.ephemeral {
+        // A hollow file has its length, and would be taken for whole.
+        if self.config.ephemeral || self.segment.state() == FileState::Hollow {
             self.segment.unlink();
         }
     }

@@ -9,7 +9,7 @@ use crate::segment::{FileState, SegmentFile};
 /// Between two looks.
 pub(super) const LOOK: Duration = Duration::from_millis(500);
 
-/// Notices a file that was removed (the server goes on) or made shorter (it cannot).
+/// Notices a file that was removed (the server goes on) or made shorter, for good or for a moment (it cannot).
 pub(super) struct FileWatch {
     segment: Arc<SegmentFile>,
     next: Instant,
@@ -31,7 +31,16 @@ impl FileWatch {
             FileState::AsItWas => {}
             FileState::Removed => self.missed("was removed"),
             FileState::Replaced => self.missed("was replaced by another file"),
-            FileState::Shorter { bytes, of } => return Some(self.shortened(bytes, of)),
+            FileState::Shorter { bytes, of } => {
+                self.let_go();
+                return Some(ServerError::Shortened { path: self.segment.path().to_owned(), bytes, of });
+            }
+            FileState::Hollow => {
+                self.let_go();
+                // It has its length: the next start would take zeroes for blocks.
+                self.segment.unlink();
+                return Some(ServerError::Hollow { path: self.segment.path().to_owned() });
+            }
         }
         None
     }
@@ -47,10 +56,9 @@ impl FileWatch {
         }
     }
 
-    fn shortened(&self, bytes: u64, of: u64) -> ServerError {
+    fn let_go(&self) {
         if let Err(e) = self.segment.sever() {
             tracing::error!("letting go of the segment: {e}");
         }
-        ServerError::Shortened { path: self.segment.path().to_owned(), bytes, of }
     }
 }

@@ -7,11 +7,12 @@ use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 use kvmp_core::geometry::Geometry;
+use kvmp_core::ids::ChunkId;
 use kvmp_core::segment::{Access, Layout, Mapping, SegmentHeader, SegmentId, TableMap};
-use rustix::fs::{FallocateFlags, RenameFlags};
+use rustix::fs::{FallocateFlags, RenameFlags, SeekFrom};
 
 use super::locks::lock_server;
 use super::place::{check_folder, check_memory_fs, is_there, not_made, not_opened, segment_path};
@@ -22,6 +23,9 @@ use crate::process::start_time;
 
 /// Recoveries begun and not finished after which the next start is empty.
 const RECOVERIES_MAX: u64 = 2;
+
+/// So much of the last chunk that has memory is looked at for holes: no chunk is smaller.
+const TAIL: u64 = 2 << 20;
 
 /// What a start found under the name.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,6 +54,8 @@ pub enum FileState {
         /// Bytes it was made with.
         of: u64,
     },
+    /// It has its length, but memory is gone that it had: it was shorter in between.
+    Hollow,
 }
 
 /// The segment file of a running server: locked on byte 0, its table mapped.
@@ -62,6 +68,8 @@ pub struct SegmentFile {
     /// What was there before.
     pub found: Found,
     severed: AtomicBool,
+    /// Up to where chunks were seen to have all their memory.
+    whole_to: AtomicU64,
 }
 
 fn open_rw(path: &Path) -> io::Result<File> {
@@ -215,7 +223,7 @@ impl SegmentFile {
         header.server_pid = u64::from(std::process::id());
         header.server_start = start_time(std::process::id());
         table.set_header(&header);
-        Ok(Self { path, file, table, found, severed: AtomicBool::new(false) })
+        Ok(Self { path, file, table, found, severed: AtomicBool::new(false), whole_to: AtomicU64::new(0) })
     }
 
     /// Notes that recovery begins; one that never ends is seen by the next start.
@@ -277,14 +285,33 @@ impl SegmentFile {
     /// What has become of the file since it was made or found.
     #[must_use]
     pub fn state(&self) -> FileState {
+        // Before its length: one that is made shorter just now is seen to be so.
+        let is_whole = self.is_whole_before(self.whole_to.load(Ordering::Relaxed));
         let own = self.file.metadata();
         let of = self.table.layout().file_bytes();
         match (&own, fs::symlink_metadata(&self.path)) {
             (Ok(own), _) if own.len() < of => FileState::Shorter { bytes: own.len(), of },
+            _ if !is_whole => FileState::Hollow,
             (Ok(own), Ok(named)) if (own.dev(), own.ino()) != (named.dev(), named.ino()) => FileState::Replaced,
             (_, Err(e)) if e.kind() == io::ErrorKind::NotFound => FileState::Removed,
             _ => FileState::AsItWas,
         }
+    }
+
+    /// Told of chunks that have their memory. From then on no page of them is ever a hole again, for they were written
+    /// to, unless the file is made shorter: that takes the last of them first.
+    pub fn has_memory(&self, chunk: ChunkId) {
+        let (at, bytes) = self.table.layout().chunk(chunk);
+        // Linux before 5.14 has holes there until they are touched: then this file cannot be watched that way.
+        if self.is_whole_before(at + bytes) {
+            self.whole_to.fetch_max(at + bytes, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether there is no hole just before an offset. A file system that does not know (hugetlbfs) says that all is data.
+    fn is_whole_before(&self, end: u64) -> bool {
+        let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(end.saturating_sub(TAIL)));
+        hole.map_or(true, |hole| hole >= end)
     }
 
     /// Bytes of memory the file takes.
@@ -295,7 +322,7 @@ impl SegmentFile {
 
     /// Unlinks the file, if the name still means this inode.
     pub fn unlink(&self) {
-        if matches!(self.state(), FileState::AsItWas | FileState::Shorter { .. }) {
+        if matches!(self.state(), FileState::AsItWas | FileState::Shorter { .. } | FileState::Hollow) {
             let _ = fs::remove_file(&self.path);
         }
     }

@@ -10,6 +10,7 @@ use kvmp_core::segment::Layout;
 use kvmp_core::wire::{Completion, GrantOut, Op, Role, Submission};
 use zerocopy::IntoBytes;
 
+use crate::load::filled;
 use crate::raw::Raw;
 use crate::served::{House, Served};
 use crate::support::{chain, spec, until};
@@ -93,4 +94,31 @@ fn what_an_attached_client_is_told_is_in_the_file_until_the_server_ends() {
     assert_eq!(served.wait().code(), Some(1), "{}", served.log());
     assert!(served.log().contains("it was made shorter from outside, to 80 MiB of"), "{}", served.log());
     eprintln!("{rounds} rounds between the shortening and the end");
+}
+
+#[test]
+fn a_file_that_was_shorter_for_a_moment_is_served_from_no_more() {
+    let house = House::new();
+    let (mut served, engine) = filled(&house, &[]);
+    let (file, inode) = (house.file(), house.inode());
+    let bytes = file.metadata().unwrap().len();
+    // Its last page; the engine's blocks lie elsewhere. By the next look, it is as long as ever.
+    file.set_len(bytes - 4096).unwrap();
+    file.set_len(bytes).unwrap();
+    assert_eq!(served.wait().code(), Some(1), "{}", served.log());
+    assert!(served.log().contains("shorter and longer again from outside"), "{}", served.log());
+    assert!(!house.segment().exists(), "the next start would take it for whole");
+    let mut next = house.start(&[]);
+    assert_ne!(house.inode(), inode);
+    let again = engine.again(&house.endpoint());
+    assert_eq!((again.hit(&chain(1, 50)).unwrap(), again.store(&chain(1, 50)).unwrap()), (0, 50));
+    // One that was recovered is watched as well.
+    next.says("are backed");
+    next.kill();
+    let mut next = house.start(&[]);
+    let file = house.file();
+    file.set_len(bytes - 4096).unwrap();
+    file.set_len(bytes).unwrap();
+    assert_eq!(next.wait().code(), Some(1), "{}", next.log());
+    assert!(next.log().contains("50 blocks kept") && next.log().contains("longer again"), "{}", next.log());
 }
