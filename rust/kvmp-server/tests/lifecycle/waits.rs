@@ -86,6 +86,7 @@ fn a_server_whose_file_was_removed_is_named_and_left() {
 /// Not a test: a server of another make that ends and leaves socket and lock to a child of its.
 #[test]
 #[ignore = "run as a process of its own by the test below"]
+#[expect(clippy::zombie_processes, reason = "it outlives this process, and the test ends it")]
 fn departing_server() {
     let (file, socket) = lock_and_listen();
     for fd in [file.as_fd(), socket.as_fd()] {
