@@ -10,6 +10,7 @@
 #[cfg(not(target_os = "linux"))]
 compile_error!("kvmp runs on Linux only: it needs tmpfs, memfd, futex and OFD locks");
 
+mod builder;
 pub mod cli;
 mod config;
 mod error;
@@ -32,10 +33,11 @@ mod size;
 mod span;
 mod upgrade;
 
+pub use builder::ServerBuilder;
 pub use config::{ConfigSource, DEFAULT_ARENA_DIR, DEFAULT_NAME, ServerConfig, Upgrade, default_socket};
 pub use error::{Holder, ServerError};
 pub use limits::{Bound as MemoryBound, memory_bounds};
 pub use process::WatchedProcess;
 pub use segment::{kept_arena_bytes, lies_in_memory};
-pub use server::{Server, ServerBuilder};
+pub use server::Server;
 pub use size::{Bytes, SizeError, parse_size};

@@ -11,7 +11,8 @@ use kvmp_core::geometry::Geometry;
 use kvmp_core::ids::ChunkId;
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::config::{ConfigSource, ServerConfig};
+use crate::builder::ServerBuilder;
+use crate::config::ServerConfig;
 use crate::error::{Context, ServerError};
 use crate::growth::{growth_ended, no_room};
 use crate::limits::{Sources, bounds, tightest_total};
@@ -22,89 +23,6 @@ use crate::recovery::{Recovery, recover};
 use crate::segment::backing::Backing;
 use crate::segment::{Claim, FileState, Found, HolderLocks, SegmentFile, SegmentTable};
 use crate::upgrade;
-
-/// Settings for a server to be, by name; what is not set has its default.
-#[derive(Clone, Debug, Default)]
-pub struct ServerBuilder {
-    source: ConfigSource,
-}
-
-impl ServerBuilder {
-    /// Bytes of the arena; must be set.
-    #[must_use]
-    pub fn size(mut self, bytes: u64) -> Self {
-        self.source.size = Some(bytes.to_string());
-        self
-    }
-
-    /// Name of the server, its segment and its socket; `kvmp` unless set.
-    #[must_use]
-    pub fn name(mut self, name: &str) -> Self {
-        self.source.name = Some(name.into());
-        self
-    }
-
-    /// Folder of the segment; `/dev/shm` unless set.
-    #[must_use]
-    pub fn arena_dir(mut self, dir: &Path) -> Self {
-        self.source.arena_dir = Some(dir.into());
-        self
-    }
-
-    /// Path of the unix socket.
-    #[must_use]
-    pub fn socket(mut self, path: &Path) -> Self {
-        self.source.socket = Some(path.into());
-        self
-    }
-
-    /// TCP rendezvous `HOST:PORT`, or `off`.
-    #[must_use]
-    pub fn tcp(mut self, address: &str) -> Self {
-        self.source.tcp = Some(address.into());
-        self
-    }
-
-    /// Eviction policy; `lru` unless set.
-    #[must_use]
-    pub fn policy(mut self, name: &str) -> Self {
-        self.source.policy = Some(name.into());
-        self
-    }
-
-    /// Bytes of a chunk: a power of two from 2 MiB to 1 GiB.
-    #[must_use]
-    pub fn chunk(mut self, bytes: u64) -> Self {
-        self.source.chunk = Some(bytes.to_string());
-        self
-    }
-
-    /// Unlink the segment when the server stops.
-    #[must_use]
-    pub fn ephemeral(mut self, yes: bool) -> Self {
-        self.source.ephemeral = Some(yes);
-        self
-    }
-
-    /// Start empty, on a new file.
-    #[must_use]
-    pub fn fresh(mut self, yes: bool) -> Self {
-        self.source.fresh = Some(yes);
-        self
-    }
-
-    /// Watch a process, whose end is to end the server: [`Server::watched`] tells of it.
-    #[must_use]
-    pub fn until_pid(mut self, pid: u32) -> Self {
-        self.source.until_pid = Some(pid);
-        self
-    }
-
-    /// Checks the settings and starts the server's threads; answers clients when this returns.
-    pub fn start(self) -> Result<Server, ServerError> {
-        Server::start(self.source.resolve()?)
-    }
-}
 
 /// A running server. Dropping it stops it.
 #[derive(Debug)]
