@@ -7,15 +7,14 @@
 
 mod support;
 
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use kvmp_client::{Client, ClientError, ConnectOptions, ReadLease, ReserveList, WriteLease};
 use kvmp_core::namespace::NamespaceSpec;
 use kvmp_core::wire::Role;
 
+use support::house::House;
+use support::served::Served;
 use support::{Engine, Hash, chain, patience, spec};
 
 const KILLS: u64 = 36;
@@ -36,54 +35,6 @@ impl Random {
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().unwrap())
-}
-
-/// A `kvmp serve` of its own; its segment goes with the test's folder.
-struct Server {
-    child: Child,
-    endpoint: String,
-}
-
-impl Server {
-    fn start(dir: &Path) -> Self {
-        let socket: PathBuf = dir.join("kvmp.sock");
-        let child = Command::new(env!("CARGO_BIN_EXE_kvmp"))
-            .args(["serve", "--size", "16MiB", "--chunk", "2MiB", "--tcp", "off", "--name", "crash-server"])
-            .arg("--arena-dir")
-            .arg(dir)
-            .arg("--socket")
-            .arg(&socket)
-            .stderr(Stdio::piped())
-            .spawn();
-        Self { child: child.unwrap(), endpoint: format!("unix:{}", socket.display()) }
-    }
-
-    /// Reads what it says until it serves.
-    fn until_ready(&mut self) -> String {
-        let mut lines = BufReader::new(self.child.stderr.take().unwrap()).lines().map_while(Result::ok);
-        let mut log = String::new();
-        for line in lines.by_ref() {
-            log += &(line + "\n");
-            if log.contains("ready:") {
-                // Read on, so that the server never blocks on its own log.
-                std::thread::spawn(move || lines.for_each(drop));
-                return log;
-            }
-        }
-        panic!("the server did not come up: {log}");
-    }
-
-    fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 /// The number before `what` in a server's log.
@@ -218,7 +169,7 @@ struct Tally {
 }
 
 struct Kills {
-    dir: tempfile::TempDir,
+    house: House,
     spec: NamespaceSpec,
     random: Random,
     tally: Tally,
@@ -231,28 +182,28 @@ impl Kills {
         if kill % 4 == 3 {
             self.kill_at_start();
         }
-        let mut server = Server::start(self.dir.path());
-        let log = server.until_ready();
+        let server = self.house.start(&[]);
+        let log = server.log();
         assert!(kill == 0 || log.contains("blocks kept"), "started empty: {log}");
         self.tally.kept += said(&log, " blocks kept");
         self.tally.held_back += said(&log, " held back");
         for (engine, read) in self.old.drain(..).filter_map(|done| done.last) {
             self.tally.read_again += read.map_or(0, |read| load(&engine, &read).unwrap());
         }
-        self.tally.checked += check_all(&server.endpoint, &self.spec);
+        self.tally.checked += check_all(&self.house.endpoint(), &self.spec);
         self.kill_under_load(server);
     }
 
     /// Never twice in a row: a third recovery that did not finish starts empty.
     fn kill_at_start(&mut self) {
-        let mut server = Server::start(self.dir.path());
+        let mut server = self.house.spawn(&[]);
         std::thread::sleep(Duration::from_micros(self.random.below(15_000)));
         server.kill();
         self.tally.killed_at_start += 1;
     }
 
-    fn kill_under_load(&mut self, mut server: Server) {
-        let (endpoint, spec) = (server.endpoint.clone(), &self.spec);
+    fn kill_under_load(&mut self, mut server: Served) {
+        let (endpoint, spec) = (self.house.endpoint(), &self.spec);
         let seeds: Vec<u64> = (0..CLIENTS).map(|_| self.random.below(u64::MAX)).collect();
         let delay = Duration::from_micros(5_000 + self.random.below(120_000));
         self.old = std::thread::scope(|scope| {
@@ -275,9 +226,8 @@ impl Kills {
 #[test]
 fn a_server_killed_under_load_serves_every_block_with_its_own_bytes() {
     let seed = number("KVMP_SEED").unwrap_or_else(|| std::process::id().into());
-    let dir = tempfile::Builder::new().prefix("crash-server-").tempdir_in("/dev/shm").unwrap();
     let (spec, tally) = (spec("m", &[9000, 7000]), Tally::default());
-    let mut kills = Kills { dir, spec, random: Random(seed), tally, old: Vec::new() };
+    let mut kills = Kills { house: House::new(), spec, random: Random(seed), tally, old: Vec::new() };
     (0..number("KVMP_SERVER_KILLS").unwrap_or(KILLS)).for_each(|kill| kills.one(kill));
     let tally = kills.tally;
     println!("KVMP_SEED={seed}: {tally:?}");

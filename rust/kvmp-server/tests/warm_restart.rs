@@ -5,58 +5,10 @@
 
 mod support;
 
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-
+use rustix::process::Signal;
+use support::house::House;
+use support::served::Served;
 use support::{Engine, chain, spec, until};
-
-fn command(name: &str, socket: &Path, size: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_kvmp"));
-    command.args(["serve", "--size", size, "--chunk", "2MiB", "--tcp", "off", "--name", name, "--socket"]).arg(socket);
-    command
-}
-
-/// A `kvmp serve` of its own.
-struct Process {
-    child: Child,
-    endpoint: String,
-    name: String,
-    /// What it logged up to the ready line.
-    log: String,
-}
-
-impl Process {
-    fn start(dir: &Path, name: &str) -> Self {
-        let socket: PathBuf = dir.join("kvmp.sock");
-        let mut child = command(name, &socket, "16MiB").stderr(Stdio::piped()).spawn().unwrap();
-        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-        let mut log = String::new();
-        for line in lines.by_ref().map_while(Result::ok) {
-            log += &(line.clone() + "\n");
-            if line.contains("ready:") {
-                break;
-            }
-        }
-        // Read on, so that the server never blocks on its own log.
-        std::thread::spawn(move || lines.for_each(drop));
-        assert!(log.contains("ready:"), "the server did not come up: {log}");
-        Self { child, endpoint: format!("unix:{}", socket.display()), name: name.into(), log }
-    }
-
-    fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        let _ = std::fs::remove_file(format!("/dev/shm/{}.kvmp", self.name));
-    }
-}
 
 fn warm(endpoint: &str, spec: &kvmp_core::namespace::NamespaceSpec) -> Engine {
     let engine = Engine::new(endpoint, spec);
@@ -66,18 +18,18 @@ fn warm(endpoint: &str, spec: &kvmp_core::namespace::NamespaceSpec) -> Engine {
 
 #[test]
 fn what_was_ready_is_hit_after_sigkill_with_the_old_bytes() {
-    let dir = tempfile::tempdir().unwrap();
+    let house = House::new();
     let spec = spec("m", &[9000, 9000]);
-    let mut first = Process::start(dir.path(), "test-warm");
-    let engine = warm(&first.endpoint, &spec);
+    let mut first = house.start(&[]);
+    let engine = warm(&house.endpoint(), &spec);
     let hashes = chain(1, 50);
     assert_eq!(engine.store(&hashes), 50);
     let segment = engine.scheduler.segment_id().to_owned();
     first.kill();
     until("the client sees the hang-up", || engine.scheduler.lost().is_some());
-    let second = Process::start(dir.path(), "test-warm");
-    assert!(second.log.contains("50 blocks kept"), "{}", second.log);
-    let again = Engine::new(&second.endpoint, &spec);
+    let second = house.start(&[]);
+    assert!(second.log().contains("50 blocks kept"), "{}", second.log());
+    let again = Engine::new(&house.endpoint(), &spec);
     assert_eq!(again.scheduler.segment_id(), segment);
     assert_ne!(again.scheduler.server_epoch(), engine.scheduler.server_epoch());
     assert_eq!(again.hit(&hashes), 50);
@@ -85,18 +37,18 @@ fn what_was_ready_is_hit_after_sigkill_with_the_old_bytes() {
 
 #[test]
 fn slots_of_a_writer_that_lives_are_not_given_away_by_the_next_server() {
-    let dir = tempfile::tempdir().unwrap();
+    let house = House::new();
     let spec = spec("m", &[9000]);
-    let mut first = Process::start(dir.path(), "test-writing");
-    let engine = warm(&first.endpoint, &spec);
+    let mut first = house.start(&[]);
+    let engine = warm(&house.endpoint(), &spec);
     let mut lease = engine.reserve(&chain(1, 20));
     lease.hand_over();
     let writing: Vec<u32> = Engine::granted(&lease).iter().map(|g| g.1).collect();
     assert_eq!(writing.len(), 20);
     first.kill();
-    let second = Process::start(dir.path(), "test-writing");
-    assert!(second.log.contains("20 held back"), "{}", second.log);
-    let other = warm(&second.endpoint, &spec);
+    let second = house.start(&[]);
+    assert!(second.log().contains("20 held back"), "{}", second.log());
+    let other = warm(&house.endpoint(), &spec);
     for seed in 2..40 {
         let mut lease = other.reserve(&chain(seed, 30));
         let granted = Engine::granted(&lease);
@@ -130,52 +82,46 @@ fn a_worker_that_dies_between_reserve_and_commit_leaves_nothing_behind() {
 
 #[test]
 fn starts_that_fail_cost_the_old_cache_nothing() {
-    let dir = tempfile::tempdir().unwrap();
+    let house = House::new();
     let spec = spec("m", &[9000]);
-    let mut first = Process::start(dir.path(), "test-failed-start");
-    let engine = warm(&first.endpoint, &spec);
+    let mut first = house.start(&[]);
+    let engine = warm(&house.endpoint(), &spec);
     assert_eq!(engine.store(&chain(1, 50)), 50);
     drop(engine);
     first.kill();
-    let nowhere = Path::new("/proc/nowhere/kvmp.sock");
     for size in ["16MiB", "16MiB", "16MiB", "32MiB"] {
-        let failed = command("test-failed-start", nowhere, size).stderr(Stdio::null()).status().unwrap();
-        assert_eq!(failed.code(), Some(1));
+        assert_eq!(house.fails(&["--socket", "/proc/nowhere/kvmp.sock", "--size", size]).0, 1);
     }
-    let second = Process::start(dir.path(), "test-failed-start");
-    assert!(second.log.contains("50 blocks kept"), "{}", second.log);
+    let second = house.start(&[]);
+    assert!(second.log().contains("50 blocks kept"), "{}", second.log());
 }
 
 #[test]
 fn a_client_that_reconnects_does_not_hold_the_quarantine_up() {
-    let dir = tempfile::tempdir().unwrap();
+    let house = House::new();
     let spec = spec("m", &[9000]);
-    let mut first = Process::start(dir.path(), "test-reconnect");
-    let engine = warm(&first.endpoint, &spec);
+    let mut first = house.start(&[]);
+    let engine = warm(&house.endpoint(), &spec);
     let mut lease = engine.reserve(&chain(1, 20));
     lease.hand_over();
     first.kill();
-    let second = Process::start(dir.path(), "test-reconnect");
+    let _second = house.start(&[]);
     drop((lease, engine));
-    let again = Engine::new(&second.endpoint, &spec);
+    let again = Engine::new(&house.endpoint(), &spec);
     assert_eq!(again.stat("blocks_quarantined"), 20);
     until("the slots come back", || again.stat("blocks_quarantined") == 0);
 }
 
 #[test]
 fn a_server_whose_log_nobody_reads_serves_on() {
-    let dir = tempfile::tempdir().unwrap();
-    let socket = dir.path().join("kvmp.sock");
+    let house = House::new();
     let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
-    let child = command("test-mute", &socket, "16MiB").arg("--ephemeral").stderr(full).spawn().unwrap();
-    let endpoint = format!("unix:{}", socket.display());
-    until("it listens", || socket.exists());
-    let mut process = Process { child, endpoint, name: "test-mute".into(), log: String::new() };
-    let engine = warm(&process.endpoint, &spec("m", &[9000]));
+    let mut served = Served::unread(house.command(&["--ephemeral"]), full);
+    until("it listens", || house.socket().exists());
+    let engine = warm(&house.endpoint(), &spec("m", &[9000]));
     // Both of these are logged.
-    let other = Engine::new(&process.endpoint, &spec("m", &[8000]));
+    let other = Engine::new(&house.endpoint(), &spec("m", &[8000]));
     assert_eq!((engine.store(&chain(1, 5)), other.store(&chain(1, 5))), (5, 5));
-    let pid = rustix::process::Pid::from_child(&process.child);
-    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-    assert_eq!(process.child.wait().unwrap().code(), Some(0));
+    served.signal(Signal::TERM);
+    assert_eq!(served.wait().code(), Some(0));
 }

@@ -14,6 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 
 use crate::serve::is_stopped;
+use crate::support::served::goes_on_without_this;
 use crate::support::{Engine, chain, connect, fill, patience, spec, until};
 
 /// What a puppet plays; it goes to the child in its environment.
@@ -98,13 +99,14 @@ impl Puppet {
     }
 
     fn spawn(part: &Part) -> Self {
-        let mut child = Command::new(std::env::current_exe().unwrap())
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command
             .args(["--exact", "puppet::plays", "--ignored", "--nocapture"])
             .env(PART, serde_json::to_string(part).unwrap())
             .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+            .stdout(Stdio::piped());
+        goes_on_without_this(&mut command);
+        let mut child = command.spawn().unwrap();
         let (sender, answers) = channel();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         std::thread::spawn(move || {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::support::served::serve;
 use crate::support::until;
 
 pub struct Serve {
@@ -173,12 +174,12 @@ impl Footprint {
 }
 
 fn command(name: &str, socket: PathBuf, tcp: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_kvmp"));
+    let mut command = serve();
     command
-        .args(["serve", "--size", "4MiB", "--chunk", "2MiB", "--tcp", tcp, "--name", name, "--socket"])
+        .args(["--size", "4MiB", "--chunk", "2MiB", "--tcp", tcp, "--name", name, "--socket"])
         .arg(socket)
         // A test that is killed leaves neither server nor file.
-        .args(["--ephemeral", "--until-pid", &std::process::id().to_string()])
+        .arg("--ephemeral")
         .stderr(Stdio::piped());
     command
 }

@@ -12,6 +12,7 @@ use kvmp_core::wire::Role;
 
 use crate::attached::Attached;
 use crate::served::{House, Served};
+use crate::support::served::serve;
 use crate::support::{chain, patience, spec, until};
 
 const MIB: u64 = 1 << 20;
@@ -44,7 +45,9 @@ impl SmallTmpfs {
     fn server(&self, house: &House, more: &[&str]) -> Served {
         let mut command = Command::new("nsenter");
         command.args(["--preserve-credentials", "-U", "-m", "-t", &self.keeper.pid().to_string()]);
-        command.arg(env!("CARGO_BIN_EXE_kvmp")).args(["serve", "--tcp", "off", "--name", "room", "--chunk", "2MiB"]);
+        let serve = serve();
+        command.arg(serve.get_program()).args(serve.get_args());
+        command.args(["--tcp", "off", "--name", "room", "--chunk", "2MiB"]);
         command.arg("--arena-dir").arg(&self.dir).arg("--socket").arg(house.socket()).args(more);
         Served::spawn(command)
     }

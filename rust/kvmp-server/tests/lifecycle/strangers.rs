@@ -102,7 +102,9 @@ fn another_users_server_is_refused_on_its_socket_and_behind_a_port() {
     let (tcp, house) = (format!("127.0.0.1:{port}"), &open.house);
     let (dir, socket) = (house.path(""), house.socket());
     let (dir, socket) = (dir.to_str().unwrap(), socket.to_str().unwrap());
-    let args = ["serve", "--size", "4MiB", "--name", "x", "--tcp", &tcp, "--arena-dir", dir, "--socket", socket];
+    let until = std::process::id().to_string();
+    let args = ["serve", "--size", "4MiB", "--name", "x", "--tcp", &tcp, "--arena-dir", dir, "--until-pid", &until];
+    let args = [&args[..], &["--socket", socket]].concat();
     let mut served = open.stranger(&args);
     served.says("ready:");
     let mut options = ConnectOptions::new(Role::Scheduler);

@@ -1,5 +1,8 @@
 //! An engine as these tests need it: a scheduler and its workers as clients, blocks whose bytes tell their key.
 
+pub mod house;
+pub mod served;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
