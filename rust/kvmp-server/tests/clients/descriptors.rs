@@ -9,8 +9,8 @@ use kvmp_core::wire::{ClientMessage, Op, Role, Submission, send};
 use rustix::fs::{FallocateFlags, FlockOperation, OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 
+use crate::footprint::Footprint;
 use crate::raw::Raw;
-use crate::serve::Footprint;
 use crate::support::{chain, spec, until};
 use crate::theatre::{PARTS, Theatre};
 
@@ -120,7 +120,7 @@ fn what_a_client_does_to_its_descriptors_makes_nobody_else_wait() {
         ("lock", lock_what_is_the_servers),
         ("never read", never_read_the_socket),
     ];
-    let before = Footprint::of(&theatre.server);
+    let before = Footprint::from_now(&theatre.server);
     let mut raws = Vec::new();
     for (seed, (name, deed)) in (10..).zip(deeds) {
         let mut raw = Raw::attach(&theatre.server.socket(), Role::Scheduler);

@@ -10,8 +10,9 @@ use kvmp_core::sync::Ordering;
 use kvmp_core::wire::{ClientMessage, Frame, Op, Role, ServerMessage, SocketError, Submission, receive};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown};
 
+use crate::footprint::Footprint;
 use crate::raw::{Raw, dial, hello};
-use crate::serve::{Footprint, Serve};
+use crate::serve::Serve;
 use crate::support::{chain, spec, until};
 use crate::theatre::{PARTS, Theatre};
 
@@ -99,7 +100,7 @@ fn a_lie_ends_its_session_with_a_reason_in_the_log() {
         ("message front says", send_too_much),
         ("a second hello on one connection", say_hello_again),
     ];
-    let before = Footprint::of(&theatre.server);
+    let before = Footprint::from_now(&theatre.server);
     for round in 0..ROUNDS {
         for (reason, lie) in lies {
             let mut raw = Raw::attach(&theatre.server.socket(), Role::Scheduler);
@@ -147,7 +148,7 @@ fn a_log_that_nobody_reads_makes_nobody_wait_for_it() {
 fn a_client_that_closes_half_way_leaves_nothing() {
     let theatre = house("half-way");
     let begun = theatre.stat("reserves");
-    let before = Footprint::of(&theatre.server);
+    let before = Footprint::from_now(&theatre.server);
     for round in 0..ROUNDS {
         let mut raw = Raw::attach(&theatre.server.socket(), Role::Scheduler);
         let namespace = raw.open(&spec("m", &PARTS));
@@ -183,7 +184,7 @@ fn send_with(socket: &OwnedFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
 #[test]
 fn descriptors_sent_to_the_server_are_closed() {
     let theatre = house("rights");
-    let before = Footprint::of(&theatre.server);
+    let before = Footprint::from_now(&theatre.server);
     let plain = Raw::attach(&theatre.server.socket(), Role::Scheduler);
     // An answer later, what it takes to welcome it is gone.
     plain.open(&spec("m", &PARTS));
@@ -218,7 +219,7 @@ fn descriptors_sent_to_the_server_are_closed() {
 #[test]
 fn who_says_no_hello_is_let_go() {
     let theatre = house("silent");
-    let before = Footprint::of(&theatre.server);
+    let before = Footprint::from_now(&theatre.server);
     let silent: Vec<OwnedFd> = (0..200).map(|_| dial(&theatre.server.socket())).collect();
     until("they are accepted", || Footprint::of(&theatre.server).fds == before.fds + silent.len());
     unharmed(&theatre);

@@ -5,6 +5,7 @@
 mod aborted;
 mod deaths;
 mod descriptors;
+mod footprint;
 mod forked;
 mod frozen;
 mod full;

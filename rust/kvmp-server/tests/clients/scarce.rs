@@ -11,8 +11,9 @@ use kvmp_core::wire::Role;
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
 use crate::descriptors::lock;
+use crate::footprint::Footprint;
 use crate::raw::{Raw, dial};
-use crate::serve::{Footprint, Serve};
+use crate::serve::Serve;
 use crate::support::{chain, connect, patience, until};
 use crate::theatre::Theatre;
 
@@ -43,7 +44,7 @@ fn without_holder_entries_new_sessions_are_refused_by_name() {
 #[test]
 fn without_descriptors_sessions_that_stand_go_on() {
     let theatre = house("descriptors-gone");
-    let before = Footprint::of(&theatre.server);
+    let before = Footprint::from_now(&theatre.server);
     let pid = Pid::from_raw(theatre.server.pid() as i32).unwrap();
     let room = before.fds as u64 + 40;
     let maximum = getrlimit(Resource::Nofile).maximum;
@@ -61,7 +62,7 @@ fn without_descriptors_sessions_that_stand_go_on() {
 #[test]
 fn callers_of_the_rendezvous_that_say_nothing_are_let_go() {
     let theatre = Theatre::with(Serve::with_tcp("tcp"));
-    let before = Footprint::of(&theatre.server);
+    let before = Footprint::from_now(&theatre.server);
     let address = theatre.server.tcp();
     let mut silent: Vec<TcpStream> = (0..100).map(|_| TcpStream::connect(&address).unwrap()).collect();
     assert_eq!(theatre.bystanders[0].store(&chain(1, 20)), 20);

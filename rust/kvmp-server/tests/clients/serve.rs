@@ -4,7 +4,6 @@ use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -127,50 +126,6 @@ pub fn is_stopped(pid: u32) -> bool {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
     let stat = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("stat")).unwrap();
     tasks.map(|task| stat(task.unwrap())).all(|text| text.rsplit_once(')').unwrap().1.trim_start().starts_with('T'))
-}
-
-/// What a process holds: descriptors, threads, mappings, and memory of its own in KiB.
-#[derive(Debug, Clone, Copy)]
-pub struct Footprint {
-    pub fds: usize,
-    pub threads: u64,
-    pub maps: usize,
-    anon_kib: u64,
-}
-
-/// By how much a process may have grown: what its allocator keeps.
-const SLACK_KIB: u64 = 4 << 10;
-
-impl Footprint {
-    pub fn of(server: &Serve) -> Self {
-        Self::of_pid(server.pid())
-    }
-
-    pub fn of_pid(pid: u32) -> Self {
-        let proc = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap();
-        let status = proc("status");
-        let field = |field: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-            line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap()
-        };
-        let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
-        // An allocator's arenas come and go; what is a file's does not by itself.
-        let maps = proc("maps").lines().filter(|line| line.contains("kvmp")).count();
-        Self { fds, threads: field("Threads"), maps, anon_kib: field("RssAnon") }
-    }
-
-    /// Waits until all is as it was, memory but for a slack.
-    pub fn is_back(&self, server: &Serve) {
-        let watchdog = Instant::now() + Duration::from_secs(20);
-        loop {
-            let now = Self::of(server);
-            if (now.fds, now.threads, now.maps) == (self.fds, self.threads, self.maps) {
-                return assert!(now.anon_kib <= self.anon_kib + SLACK_KIB, "{now:?}, before {self:?}");
-            }
-            assert!(Instant::now() < watchdog, "{now:?}, before {self:?}");
-            std::thread::yield_now();
-        }
-    }
 }
 
 fn command(name: &str, socket: PathBuf, tcp: &str) -> Command {
