@@ -11,6 +11,7 @@ mod frozen;
 mod full;
 mod liars;
 mod many;
+mod minute;
 mod namespaces;
 mod puppet;
 mod raw;
