@@ -5,6 +5,7 @@ use std::process::Command;
 
 use crate::attached::Attached;
 use crate::served::{House, Served};
+use crate::support::refused::Need;
 use crate::support::{chain, patience, spec, until};
 
 /// A `clock_gettime` that has another year at every look at the time of day; the other clocks are as they are.
@@ -26,7 +27,7 @@ fn shim(house: &House) -> Option<String> {
     std::fs::write(&source, SHIM).unwrap();
     let made = Command::new("cc").args(["-shared", "-fPIC", "-o", &library]).arg(&source).status();
     if !made.as_ref().is_ok_and(std::process::ExitStatus::success) {
-        eprintln!("SKIPPED: no C compiler: {made:?}");
+        Need::Compiler.refused(format!("{made:?}"));
         return None;
     }
     Some(library)
@@ -81,7 +82,7 @@ fn the_boot_clock_may_jump_from_one_server_to_the_next() {
     let house = House::new();
     let can = Command::new("unshare").args(["-rT", "--boottime", "864000", "-f", "true"]).status();
     if !can.as_ref().is_ok_and(std::process::ExitStatus::success) {
-        return eprintln!("SKIPPED: no time namespace can be made here: {can:?}");
+        return Need::BootClock.refused(format!("{can:?}"));
     }
     let mut served = ten_days_ahead(&house);
     served.says("are backed");

@@ -12,6 +12,7 @@ use kvmp_core::wire::Role;
 
 use crate::attached::Attached;
 use crate::served::{House, Served};
+use crate::support::refused::Need;
 use crate::support::served::serve;
 use crate::support::{chain, patience, spec, until};
 
@@ -37,7 +38,7 @@ impl SmallTmpfs {
         if keeper.is_running() {
             return Some(Self { keeper, dir });
         }
-        eprintln!("SKIPPED: no tmpfs can be mounted here: {}", keeper.log());
+        Need::Mounts.refused(keeper.log());
         None
     }
 
@@ -172,12 +173,15 @@ impl Cgroup {
                 _ => None,
             }
         });
-        let (parent, limit, kills) = found?;
+        let Some((parent, limit, kills)) = found else {
+            Need::Cgroup.refused(format!("this process is in none: {text}"));
+            return None;
+        };
         let dir = parent.join(format!("{name}-{}", std::process::id()));
         let made = fs::create_dir(&dir).and_then(|()| fs::write(dir.join(limit), bytes.to_string()));
         let this = Self { dir, limit, kills };
         if made.is_err() {
-            eprintln!("SKIPPED: no memory cgroup can be made at {}: {made:?}", this.dir.display());
+            Need::Cgroup.refused(format!("none can be made at {}: {made:?}", this.dir.display()));
         }
         made.is_ok().then_some(this)
     }

@@ -1,5 +1,5 @@
 //! Processes of another user: refused by either side, and both say whose they are. Only root can make them: without it,
-//! the tests say so and pass.
+//! the tests say so and pass (`support/refused.rs`).
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -12,6 +12,7 @@ use kvmp_core::wire::Role;
 
 use crate::served::{House, Served};
 use crate::support::patience;
+use crate::support::refused::Need;
 
 /// A user that is neither this one nor root.
 const STRANGER: u32 = 65_534;
@@ -29,7 +30,7 @@ fn allow(path: &Path, mode: u32) {
 impl OpenHouse {
     fn new() -> Option<Self> {
         if !rustix::process::geteuid().is_root() {
-            eprintln!("SKIPPED: only root can run processes of another user");
+            Need::Users.refused("this is not root");
             return None;
         }
         let this = Self { house: House::new(), programs: tempfile::tempdir().unwrap() };

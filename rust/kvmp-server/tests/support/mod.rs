@@ -1,6 +1,7 @@
 //! An engine as these tests need it: a scheduler and its workers as clients, blocks whose bytes tell their key.
 
 pub mod house;
+pub mod refused;
 pub mod served;
 
 use std::collections::BTreeMap;
