@@ -7,15 +7,17 @@
 
 mod support;
 
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use kvmp_client::{Client, ClientError, ConnectOptions, ReadLease, ReserveList, WriteLease};
 use kvmp_core::namespace::NamespaceSpec;
+use kvmp_core::segment::SegmentHeader;
 use kvmp_core::wire::Role;
 
 use support::house::House;
 use support::served::Served;
-use support::{Engine, Hash, chain, patience, spec};
+use support::{Engine, Hash, chain, patience, spec, until};
 
 const KILLS: u64 = 36;
 const CLIENTS: u64 = 3;
@@ -166,6 +168,8 @@ struct Tally {
     kept: u64,
     held_back: u64,
     killed_at_start: u64,
+    /// After the recovery had begun and before it was done.
+    killed_in_recovery: u64,
 }
 
 struct Kills {
@@ -179,8 +183,10 @@ struct Kills {
 
 impl Kills {
     fn one(&mut self, kill: u64) {
-        if kill % 4 == 3 {
-            self.kill_at_start();
+        match kill % 4 {
+            1 => self.kill_in_recovery(),
+            3 => self.kill_at_start(),
+            _ => {}
         }
         let server = self.house.start(&[]);
         let log = server.log();
@@ -200,6 +206,27 @@ impl Kills {
         std::thread::sleep(Duration::from_micros(self.random.below(15_000)));
         server.kill();
         self.tally.killed_at_start += 1;
+        self.tally.killed_in_recovery += self.recoveries_begun();
+    }
+
+    /// Killed as soon as the file says that its recovery has begun; again, if it was faster.
+    fn kill_in_recovery(&mut self) {
+        until("a kill falls into a recovery", || {
+            let mut server = self.house.spawn(&[]);
+            while self.recoveries_begun() == 0 && !server.log().contains("ready:") {
+                assert!(server.is_running(), "{}", server.log());
+            }
+            server.kill();
+            self.recoveries_begun() > 0
+        });
+        self.tally.killed_in_recovery += 1;
+    }
+
+    /// And not finished, as the segment's header counts them.
+    fn recoveries_begun(&self) -> u64 {
+        let mut bytes = [0; SegmentHeader::BYTES];
+        self.house.file().read_exact_at(&mut bytes, 0).unwrap();
+        SegmentHeader::parse(&bytes).unwrap().recoveries_begun
     }
 
     fn kill_under_load(&mut self, mut server: Served) {
@@ -231,6 +258,14 @@ fn a_server_killed_under_load_serves_every_block_with_its_own_bytes() {
     (0..number("KVMP_SERVER_KILLS").unwrap_or(KILLS)).for_each(|kill| kills.one(kill));
     let tally = kills.tally;
     println!("KVMP_SEED={seed}: {tally:?}");
-    let least = [tally.calls, tally.stored, tally.checked, tally.read_again, tally.kept, tally.held_back];
+    let least = [
+        tally.calls,
+        tally.stored,
+        tally.checked,
+        tally.read_again,
+        tally.kept,
+        tally.held_back,
+        tally.killed_in_recovery,
+    ];
     assert!(least.into_iter().all(|n| n > 0), "{tally:?}");
 }
