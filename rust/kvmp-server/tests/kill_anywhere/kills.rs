@@ -74,6 +74,16 @@ impl Kills {
         self.end(life)
     }
 
+    /// One life of a slow order, killed in a call of a kind after so many of its stores.
+    pub fn held(&mut self, call: Call, stores: u64) -> Verdict {
+        self.page.reset();
+        let after = 1 + self.random.below(150);
+        self.page.ask_to_hold(call, after, stores);
+        let mut life = self.start();
+        life.wait_until(|| self.page.is_held());
+        self.end(life)
+    }
+
     /// Kills a life and looks at what that leaves.
     pub(super) fn end(&mut self, mut life: Life) -> Verdict {
         life.kill();

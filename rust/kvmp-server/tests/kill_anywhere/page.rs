@@ -18,6 +18,14 @@ const SLOT: u64 = 256;
 const THREAD: u64 = 320;
 const STOP_IN: u64 = 384;
 const STOP_AFTER: u64 = 392;
+const HOLD_IN: u64 = 448;
+const HOLD_AFTER: u64 = 456;
+const HOLD_AT: u64 = 464;
+const HELD: u64 = 472;
+
+/// In `HELD`: the call under way is the one to hold in; it does.
+const TO_HOLD: u64 = 1;
+const IS_HELD: u64 = 2;
 
 /// Where a life is.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -83,6 +91,7 @@ impl Page {
         if self.is_asked_to_stop(call) {
             stop_this_thread();
         }
+        self.note_hold(call);
         let result = self.during(CALL, call as u64, deed);
         self.word(COUNTS + 8 * call as u64).fetch_add(1, Ordering::Relaxed);
         result
@@ -133,6 +142,38 @@ impl Page {
             && self.word(STOP_AFTER).fetch_sub(1, Ordering::Relaxed) == 1
     }
 
+    /// Has the next life hold in its `after`th call of a kind at work, once it has made so many of its stores.
+    pub fn ask_to_hold(&self, call: Call, after: u64, stores: u64) {
+        self.word(HOLD_AFTER).store(after, Ordering::Release);
+        self.word(HOLD_AT).store(stores, Ordering::Release);
+        self.word(HOLD_IN).store(call as u64, Ordering::Release);
+    }
+
+    /// Whether it does.
+    pub fn is_held(&self) -> bool {
+        self.word(HELD).load(Ordering::Acquire) == IS_HELD
+    }
+
+    /// From here on until the call's stores are counted.
+    fn note_hold(&self, call: Call) {
+        let asked = self.word(HOLD_IN).load(Ordering::Relaxed) == call as u64 && self.has_come_to(Stage::Working);
+        if asked && self.word(HOLD_AFTER).fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.word(HELD).store(TO_HOLD, Ordering::Release);
+        }
+    }
+
+    /// After so many stores of a call: never returns where it is to hold there.
+    pub fn stored(&self, stores: usize) {
+        if self.word(HELD).load(Ordering::Relaxed) == TO_HOLD
+            && self.word(HOLD_AT).load(Ordering::Relaxed) == stores as u64
+        {
+            self.word(HELD).store(IS_HELD, Ordering::Release);
+            loop {
+                std::thread::park();
+            }
+        }
+    }
+
     /// Says which thread works; 0 is none yet.
     pub fn set_thread(&self, id: u64) {
         self.word(THREAD).store(id, Ordering::Release);
@@ -144,7 +185,9 @@ impl Page {
 
     /// Ready for the next life.
     pub fn reset(&self) {
-        [CALL, WORK, STOP_IN, THREAD].into_iter().for_each(|at| self.word(at).store(0, Ordering::Release));
+        [CALL, WORK, STOP_IN, THREAD, HOLD_IN, HELD]
+            .into_iter()
+            .for_each(|at| self.word(at).store(0, Ordering::Release));
         self.set_stage(Stage::Born);
     }
 }

@@ -67,8 +67,10 @@ impl SlotTable for NotedTable {
     fn grant(&mut self, slot: SlotId, identity: &BlockIdentity) -> SlotWord {
         let Self { map, real, page, order, hidden } = self;
         page.call(Call::Grant, slot, || match order {
-            Order::FieldsBeforeWord => grant_slowly(&map.record(slot).unwrap(), identity, &[1, 2, 3, 4, 5, 6, 7, 0]),
-            Order::RightSlowly => grant_slowly(&map.record(slot).unwrap(), identity, &[0, 1, 2, 3, 4, 5, 6, 7]),
+            Order::FieldsBeforeWord => {
+                grant_slowly(page, &map.record(slot).unwrap(), identity, &[1, 2, 3, 4, 5, 6, 7, 0])
+            }
+            Order::RightSlowly => grant_slowly(page, &map.record(slot).unwrap(), identity, &[0, 1, 2, 3, 4, 5, 6, 7]),
             Order::BytesUnderOldWord => {
                 let word = hidden.get(&slot).map_or(real.word(slot), |hidden| hidden.0);
                 let granted = SlotWord::new(word.generation() + 1, SlotState::Writing);
@@ -82,10 +84,10 @@ impl SlotTable for NotedTable {
     fn commit(&mut self, slot: SlotId, sums: &[PartSum]) -> SlotWord {
         let Self { map, real, page, order, hidden } = self;
         page.call(Call::Commit, slot, || match order {
-            Order::ReadyBeforeCheck => commit_slowly(map, slot, sums, &[0, 7]),
-            Order::RightSlowly => commit_slowly(map, slot, sums, &[7, 0]),
+            Order::ReadyBeforeCheck => commit_slowly((map, page), slot, sums, &[0, 7]),
+            Order::RightSlowly => commit_slowly((map, page), slot, sums, &[7, 0]),
             Order::ReadyBeforeSums => {
-                let word = commit_slowly(map, slot, &[], &[7, 0]);
+                let word = commit_slowly((map, page), slot, &[], &[7, 0]);
                 set_sums(map, slot, sums);
                 word
             }
@@ -125,24 +127,30 @@ impl SlotTable for NotedTable {
 }
 
 /// What the real code makes of a copy of the record, stored cell by cell in an order of the caller's.
-fn slowly(record: &RecordCells<'_>, cells: &[usize], change: impl FnOnce(&RecordCells<'_>) -> SlotWord) -> SlotWord {
+fn slowly(
+    page: &Page,
+    record: &RecordCells<'_>,
+    cells: &[usize],
+    change: impl FnOnce(&RecordCells<'_>) -> SlotWord,
+) -> SlotWord {
     let copy: [AtomicU64; 8] = std::array::from_fn(|cell| AtomicU64::new(record.0[cell].load(Ordering::Relaxed)));
     let word = change(&RecordCells(&copy));
-    for &cell in cells {
+    for (&cell, stores) in cells.iter().zip(1..) {
         record.0[cell].store(copy[cell].load(Ordering::Relaxed), Ordering::Release);
         fence(Ordering::Release);
+        page.stored(stores);
         pause();
     }
     word
 }
 
-fn grant_slowly(record: &RecordCells<'_>, identity: &BlockIdentity, cells: &[usize; 8]) -> SlotWord {
-    slowly(record, cells, |record| record.grant(identity))
+fn grant_slowly(page: &Page, record: &RecordCells<'_>, identity: &BlockIdentity, cells: &[usize; 8]) -> SlotWord {
+    slowly(page, record, cells, |record| record.grant(identity))
 }
 
-fn commit_slowly(map: &TableMap, slot: SlotId, sums: &[PartSum], cells: &[usize; 2]) -> SlotWord {
+fn commit_slowly((map, page): (&TableMap, &Page), slot: SlotId, sums: &[PartSum], cells: &[usize; 2]) -> SlotWord {
     set_sums(map, slot, sums);
-    slowly(&map.record(slot).unwrap(), cells, |record| record.commit())
+    slowly(page, &map.record(slot).unwrap(), cells, |record| record.commit())
 }
 
 fn set_sums(map: &TableMap, slot: SlotId, sums: &[PartSum]) {
