@@ -19,6 +19,7 @@ mod error;
 #[allow(clippy::unwrap_used, missing_docs, reason = "tests, in a form that a fuzzer can run")]
 pub mod fuzz;
 mod growth;
+// Beside the other tests that kill, but of this crate: it runs store and recovery, which are not public.
 #[cfg(test)]
 #[path = "../tests/kill_anywhere/mod.rs"]
 mod kill_anywhere;

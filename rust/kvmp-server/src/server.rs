@@ -82,6 +82,7 @@ fn holder_locks(segment: &SegmentFile) -> Result<HolderLocks, ServerError> {
 fn make_plane(
     config: &ServerConfig,
     segment: &Arc<SegmentFile>,
+    held_before: Vec<u32>,
     commands: Receiver<Command>,
     bell: Arc<OwnedFd>,
     faults: Faults,
@@ -91,9 +92,6 @@ fn make_plane(
     if let Found::Replaced(why) = &segment.found {
         tracing::warn!("{} is replaced by a new, empty one: {why}", segment.path().display());
     }
-    let holders = holder_locks(segment)?;
-    // Before recovery: whoever holds an entry now may be storing into what recovery finds Writing.
-    let held_before = holders.held().doing(|| "asking for locks".into())?;
     let mut namespaces = Namespaces::new(Arc::clone(segment));
     let table = SegmentTable::new(segment.table.clone());
     let Recovery { store, cold, report, took } = recover(segment, &mut namespaces, policy, table);
@@ -111,7 +109,7 @@ fn make_plane(
         segment: Arc::clone(segment),
         store,
         namespaces,
-        holders,
+        holders: holder_locks(segment)?,
         held_before,
         quarantined: report.quarantined > 0,
         commands,
@@ -182,9 +180,10 @@ impl Server {
         let plane = PlaneHandle::new(commands, Arc::clone(&bell));
         let (fault, faults) = channel();
         let faults_bell = make_bell()?;
+        // Before recovery: whoever holds an entry now may be storing into what recovery finds Writing.
         let held_before = holder_locks(&segment)?.held().doing(|| "asking for locks".into())?;
-        let (data_plane, cold) =
-            make_plane(&config, &segment, receiver, bell, Faults::new(fault, Arc::clone(&faults_bell)))?;
+        let faults_to = Faults::new(fault, Arc::clone(&faults_bell));
+        let (data_plane, cold) = make_plane(&config, &segment, held_before.clone(), receiver, bell, faults_to)?;
         let stop = Arc::new(Stop { flag: AtomicBool::new(false), bell: make_bell()? });
         let (fail, failed) = channel();
         let control = Control::new(ControlStart {

@@ -1,14 +1,16 @@
 //! A server that does just what a test tells it: real socket, segment and ring, answers given by hand.
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use kvmp_client::{Bound, Client, ConnectOptions};
 use kvmp_core::geometry::Geometry;
 use kvmp_core::namespace::NamespaceSpec;
 use kvmp_core::ring::{COMPLETIONS, Consumer, MappedQueue, Parking, Producer, Ring, SUBMISSIONS};
-use kvmp_core::segment::{Access, Layout, Mapping, SegmentHeader, SegmentId, TableMap};
+use kvmp_core::segment::{
+    Access, Layout, LockKind, Mapping, SegmentHeader, SegmentId, TableMap, first_locked, try_lock,
+};
 use kvmp_core::wire::{
     ClientMessage, Completion, Geometries, Opened, Role, ServerMessage, Submission, Welcome, receive, send,
 };
@@ -57,22 +59,12 @@ fn segment() -> (File, TableMap) {
     (file, table)
 }
 
-/// A lock command on byte 0 of a holder file.
-fn lock(file: &File, command: libc::c_int, kind: libc::c_int) -> libc::flock {
-    // SAFETY: `flock` is plain old data; all zeroes is a value of it.
-    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    (lock.l_type, lock.l_whence, lock.l_len) = (kind as libc::c_short, libc::SEEK_SET as libc::c_short, 1);
-    // SAFETY: the descriptor is open for the call, and `lock` is a local that the kernel may write.
-    assert_eq!(unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) }, 0);
-    lock
-}
-
 /// A holder entry as a server makes it: the file, and a descriptor of its own that has the read lock.
 fn holder(folder: &Path) -> (File, File) {
     let path = folder.join("holder");
     let own = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
     let sent = File::open(&path).unwrap();
-    lock(&sent, libc::F_OFD_SETLK, libc::F_RDLCK);
+    assert!(try_lock(&sent, LockKind::Shared, 0, 1).unwrap());
     (own, sent)
 }
 
@@ -172,7 +164,7 @@ impl Fake {
 
     /// Whether the client's holder entry is locked still, asked as a server asks.
     pub fn holder_is_locked(&self) -> bool {
-        lock(&self.holder, libc::F_OFD_GETLK, libc::F_WRLCK).l_type != libc::F_UNLCK as libc::c_short
+        first_locked(&self.holder, 0, 1).unwrap().is_some()
     }
 
     /// Takes the next submission; waits for it, as a client in another thread may be about to send it.

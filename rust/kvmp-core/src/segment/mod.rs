@@ -7,6 +7,7 @@ mod header;
 mod layout;
 #[cfg(not(loom))]
 mod mapping;
+mod ofd;
 mod record;
 #[cfg(not(loom))]
 mod table;
@@ -17,6 +18,7 @@ pub use layout::{
 };
 #[cfg(not(loom))]
 pub use mapping::{Access, Mapping};
+pub use ofd::{LockKind, first_locked, try_lock};
 pub use record::{Record, RecordCells};
 #[cfg(not(loom))]
 pub use table::{ChunkWord, NamespaceEntry, TableMap};

@@ -122,7 +122,7 @@ impl Backing<'_> {
 
 /// What is to stay free of a bound when so many bytes are backed.
 fn reserve(bound: &Bound, backed: u64) -> u64 {
-    // A file system of kvmp's own need not keep anything free; memory that others live in must.
+    // Nothing says whether others use it too, also not of a file system; of a small bound a sixteenth is enough.
     let others = RESERVE.min(bound.total / 16);
     others + if bound.is_for_all { backed / BACKED_PER_INDEX } else { 0 }
 }

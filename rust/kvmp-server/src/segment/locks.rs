@@ -1,51 +1,14 @@
-//! OFD locks: byte 0 says which server has the file, a holder entry's byte says that a client may still be storing.
-//!
-//! Never POSIX record locks: those drop when any descriptor of the file is closed.
+//! What the file's locks mean: byte 0's says which server has it, a holder entry's that a client may still be storing.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
-use kvmp_core::segment::{HOLDER_ENTRY, HOLDERS, holder_offset};
-
-fn flock(kind: libc::c_int, offset: u64, len: u64) -> libc::flock {
-    // SAFETY: `flock` is plain old data; all zeroes is a value of it (and l_pid must be 0 for OFD locks).
-    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    lock.l_type = kind as libc::c_short;
-    lock.l_whence = libc::SEEK_SET as libc::c_short;
-    lock.l_start = offset as libc::off_t;
-    lock.l_len = len as libc::off_t;
-    lock
-}
-
-/// Takes a lock without waiting; `false` when someone else's stands against it.
-fn try_lock(file: &impl AsRawFd, kind: libc::c_int, offset: u64) -> io::Result<bool> {
-    let lock = flock(kind, offset, 1);
-    // SAFETY: the descriptor is open for the call, `lock` is a valid flock that the kernel only reads.
-    let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
-    if done == 0 {
-        return Ok(true);
-    }
-    match io::Error::last_os_error() {
-        e if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
-        e => Err(e),
-    }
-}
+use kvmp_core::segment::{HOLDER_ENTRY, HOLDERS, LockKind, first_locked, holder_offset, try_lock};
 
 /// Takes the exclusive lock on byte 0: whoever has it is the server.
 pub fn lock_server(file: &File) -> io::Result<bool> {
-    try_lock(file, libc::F_WRLCK, 0)
-}
-
-/// First offset in `[from, from + len)` that someone else has locked.
-fn first_locked(file: &File, from: u64, len: u64) -> io::Result<Option<u64>> {
-    let mut lock = flock(libc::F_WRLCK, from, len);
-    // SAFETY: the descriptor is open for the call, `lock` is a valid flock that the kernel reads and writes.
-    let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
-    if done != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok((libc::c_int::from(lock.l_type) != libc::F_UNLCK).then_some((lock.l_start as u64).max(from)))
+    try_lock(file, LockKind::Exclusive, 0, 1)
 }
 
 /// Whether nobody else has a byte locked.
@@ -104,7 +67,7 @@ impl HolderLocks {
         let Some(index) = free(false).or_else(|| free(true)) else { return Ok(None) };
         let fd = open()?;
         self.next = (index + 1) % HOLDERS;
-        Ok(try_lock(&fd, libc::F_RDLCK, holder_offset(index))?.then_some((index, fd)))
+        Ok(try_lock(&fd, LockKind::Shared, holder_offset(index), 1)?.then_some((index, fd)))
     }
 }
 

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use kvmp_client::Bound;
 use kvmp_core::ring::Ring;
-use kvmp_core::segment::{Access, HOLDERS, Mapping, holder_offset};
+use kvmp_core::segment::{Access, HOLDERS, LockKind, Mapping, holder_offset, try_lock};
 use kvmp_core::wire::{ClientMessage, Op, Role, Submission, send};
 use rustix::fs::{FallocateFlags, FlockOperation, OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
@@ -16,18 +16,6 @@ use crate::theatre::{PARTS, Theatre};
 
 /// Ten times an engine's bound: what takes longer waited for the client.
 const WATCHDOG_MS: u64 = 1000;
-
-pub fn lock(fd: impl AsFd, command: i32, kind: i32, from: u64, len: u64) -> rustix::io::Result<()> {
-    // SAFETY: `flock` is plain old data; all zeroes is a value of it.
-    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    (lock.l_type, lock.l_whence) = (kind as libc::c_short, libc::SEEK_SET as libc::c_short);
-    (lock.l_start, lock.l_len) = (from as libc::off_t, len as libc::off_t);
-    // SAFETY: the descriptor is open for the call, and `lock` is a local that the kernel only reads.
-    match unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), command, &raw mut lock) } {
-        0 => Ok(()),
-        _ => Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap()),
-    }
-}
 
 fn control(fd: impl AsFd, command: i32, argument: i32) -> rustix::io::Result<()> {
     // SAFETY: these commands take an integer and touch no memory.
@@ -94,8 +82,7 @@ fn map_and_hold_everything(raw: &mut Raw) {
 
 fn lock_what_is_the_servers(raw: &mut Raw) {
     rustix::fs::flock(&raw.segment, FlockOperation::NonBlockingLockExclusive).unwrap();
-    let held = lock(&raw.segment, libc::F_OFD_SETLK, libc::F_WRLCK, 0, 1);
-    assert_eq!(held, Err(Errno::AGAIN), "byte 0 is the server's");
+    assert!(!try_lock(&raw.segment, LockKind::Exclusive, 0, 1).unwrap(), "byte 0 is the server's");
     for lease in [libc::F_RDLCK, libc::F_WRLCK] {
         assert!(control(&raw.segment, libc::F_SETLEASE, lease).is_err());
     }

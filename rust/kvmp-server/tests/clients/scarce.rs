@@ -6,11 +6,10 @@ use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 
 use kvmp_client::{Client, ClientError, ConnectOptions};
-use kvmp_core::segment::{HOLDERS, holder_offset};
+use kvmp_core::segment::{HOLDERS, LockKind, holder_offset, try_lock};
 use kvmp_core::wire::Role;
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
-use crate::descriptors::lock;
 use crate::footprint::Footprint;
 use crate::raw::{Raw, dial};
 use crate::serve::Serve;
@@ -33,7 +32,7 @@ fn without_holder_entries_new_sessions_are_refused_by_name() {
     let raw = Raw::attach(&theatre.server.socket(), Role::Scheduler);
     // One lock on each run of entries that nobody holds: the first seven are the bystanders' and this client's own.
     let (free, len) = (holder_offset(7), holder_offset(HOLDERS) - holder_offset(7));
-    lock(&raw.segment, libc::F_OFD_SETLK, libc::F_WRLCK, free, len).unwrap();
+    assert!(try_lock(&raw.segment, LockKind::Exclusive, free, len).unwrap());
     let refused = attach(&theatre).unwrap_err().to_string();
     assert!(refused.contains("all 4,096 holder entries are held"), "{refused}");
     assert_eq!(theatre.hit(1, 20), 20);
