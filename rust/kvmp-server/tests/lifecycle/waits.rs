@@ -107,7 +107,7 @@ fn a_process_that_cannot_be_asked_is_refused_for_the_right_reason() {
     let heir = log.split_once("heir ").unwrap().1.lines().next().unwrap().parse().unwrap();
     // Two processes that cannot be asked: one that has ended, and, seen from another pid namespace, one without a pid.
     let start = house.spawn(&["--upgrade"]);
-    let serve = house.command(&["--upgrade"]);
+    let serve = house.command_on(&["--upgrade"]);
     let mut elsewhere = Command::new("unshare");
     elsewhere.args(["-rpf", "--kill-child"]).arg(serve.get_program()).args(serve.get_args());
     let elsewhere = Served::spawn(elsewhere);

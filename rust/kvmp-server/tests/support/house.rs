@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::process::Command;
 
-use super::served::{Served, serve};
+use super::served::{Served, serve, serve_on};
 
 /// Every server's name in these tests: what is its own is its folder.
 pub const NAME: &str = "lifecycle";
@@ -39,7 +39,15 @@ impl House {
 
     /// A server's command line; whatever `more` says again goes over it.
     pub fn command(&self, more: &[&str]) -> Command {
-        let mut command = serve();
+        self.filled_in(if more.contains(&"--until-pid") { serve_on() } else { serve() }, more)
+    }
+
+    /// As `command`, for a pid namespace where this process has no pid: something else must end it.
+    pub fn command_on(&self, more: &[&str]) -> Command {
+        self.filled_in(serve_on(), more)
+    }
+
+    fn filled_in(&self, mut command: Command, more: &[&str]) -> Command {
         command.arg("--arena-dir").arg(self.0.path());
         for (flag, value) in [("--name", NAME), ("--size", "16MiB"), ("--chunk", "2MiB"), ("--tcp", "off")] {
             if !more.contains(&flag) {

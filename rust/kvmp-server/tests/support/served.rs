@@ -12,8 +12,15 @@ use super::until;
 
 /// `kvmp serve`, which stops when this process ends, be it killed.
 pub fn serve() -> Command {
+    let mut command = serve_on();
+    command.args(["--until-pid", &std::process::id().to_string()]);
+    command
+}
+
+/// `kvmp serve`, whose test says itself when it ends.
+pub fn serve_on() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kvmp"));
-    command.args(["serve", "--until-pid", &std::process::id().to_string()]);
+    command.arg("serve");
     goes_on_without_this(&mut command);
     command
 }
