@@ -49,9 +49,19 @@ demo: setup ## Kill a vLLM engine and see the next one find its KV again
 .PHONY: test
 test: test-rust test-python ## Run every test
 
-.PHONY: test-rust
+# The test of a minute's freeze sleeps all along, so it runs beside the others.
+.PHONY: test-rust test-rust-minute test-rust-others
 test-rust: ## Run the Rust tests, doc tests and loom models
-	@if cargo nextest --version >/dev/null 2>&1; then cargo nextest run; else cargo test --lib --bins --tests; fi
+	@if cargo nextest --version >/dev/null 2>&1; then cargo nextest run --no-run; else cargo test --lib --bins --tests --no-run; fi
+	@$(MAKE) -j2 --output-sync=target test-rust-minute test-rust-others
+
+test-rust-minute:
+	@if cargo nextest --version >/dev/null 2>&1; then cargo nextest run -E 'test(minute::)'; \
+		else cargo test --test clients -- minute::; fi
+
+test-rust-others:
+	@if cargo nextest --version >/dev/null 2>&1; then cargo nextest run -E 'not test(minute::)'; \
+		else cargo test --lib --bins --tests -- --skip minute::; fi
 	cargo test --doc
 	RUSTFLAGS="--cfg loom" cargo test -p kvmp-core --profile loom --target-dir target/loom --test 'loom_*'
 
