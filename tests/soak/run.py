@@ -17,6 +17,7 @@ import kvmp
 from demo.processes import Process
 from kvmp.errors import KvmpError
 from kvmp.server import Server
+from tests.serving import serve, take_over
 from tests.soak.processes import SoakEngine, server_load
 
 _SIZE, _NAME = "128MiB", "soak"
@@ -24,10 +25,14 @@ _ENGINES = 2
 _DEED_S = (0.1, 1.5)
 _LONG_S = (0.5, 3.0)
 _SETTLE_S = 60.0
+_AT_WORK_S = 60.0
 _STILL_S = 0.5
 # What a server may have more of at the end than when it had backed its memory and served nobody yet.
 _SLACK = {"descriptors": 0, "threads": 0, "anonymous_kib": 8 << 10}
-_MUST_HAPPEN = ("stored parts", "loaded parts", "abandoned lookups")
+_MUST_HAPPEN = ("stored parts", "loaded parts", "abandoned lookups", "blocks kept by upgrades")
+
+Deed = Callable[[], bool]
+"""Says whether it was done: whom it is meant for may not be there."""
 
 
 class Soak:
@@ -46,7 +51,9 @@ class Soak:
         endpoint = self._server.endpoint
         self._engines = [SoakEngine(endpoint, f"{seed} engine {number}") for number in range(_ENGINES)]
         self.deeds: Counter[str] = Counter()
-        self._all: list[Callable[[], None]] = [
+        self._kept_by_upgrades = 0
+        self._deck: list[Deed] = []
+        self._all: list[Deed] = [
             self.kill_a_scheduler,
             self.kill_a_worker,
             self.kill_an_engine,
@@ -55,6 +62,7 @@ class Soak:
             self.stop_the_server,
             self.kill_the_server,
             self.restart_the_server,
+            self.upgrade_the_server,
         ]
         if spoil:
             self._all = [self.spoil]
@@ -64,81 +72,112 @@ class Soak:
         return self._servers[-1]
 
     def _launch(self) -> Server:
-        socket = Path(self._folder.name) / "kvmp.sock"
-        return kvmp.launch(_SIZE, name=self._name, socket=socket, ephemeral=False)
+        return serve(_SIZE, name=self._name, socket=Path(self._folder.name) / "kvmp.sock")
 
     def run(self, seconds: float) -> None:
-        """Does deeds for so long, and looks at what is left; ``AssertionError`` at the first fault."""
+        """Does deeds for so long, each of them once at least; ``AssertionError`` at the first fault."""
         print(f"soak: seed {self._seed}, {seconds:.0f} s", flush=True)
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        while time.monotonic() < end or len(self.deeds) < len(self._all):
             time.sleep(self._random.uniform(*_DEED_S))
-            for engine in self._engines:
-                engine.restart_if_ended()
-            assert self._server.process.poll() is None, f"the server ended by itself:\n{self._server.log()[-2000:]}"
-            deed = self._random.choice(self._all)
-            deed()
-            self.deeds[deed.__name__.replace("_", " ")] += 1
+            self._look_after_all()
+            deed = self._next_deed()
+            if deed():
+                self.deeds[deed.__name__.replace("_", " ")] += 1
+            else:
+                self._deck.insert(0, deed)
         self._finish()
+
+    def _next_deed(self) -> Deed:
+        """In an order by chance, none a second time before every other was done."""
+        if not self._deck:
+            self._deck = self._random.sample(self._all, len(self._all))
+        return self._deck.pop()
+
+    def _look_after_all(self) -> None:
+        for engine in self._engines:
+            engine.restart_if_ended()
+        assert self._server.process.poll() is None, f"the server ended by itself:\n{self._server.log()[-2000:]}"
 
     # ---- deeds
 
-    def kill_a_scheduler(self) -> None:
-        self._signal(self._engine().scheduler(), signal.SIGKILL)
+    def kill_a_scheduler(self) -> bool:
+        return self._signal(self._engine().scheduler(), signal.SIGKILL)
 
-    def kill_a_worker(self) -> None:
-        self._signal(self._engine().workers()[:1], signal.SIGKILL)
+    def kill_a_worker(self) -> bool:
+        return self._signal(self._engine().workers()[:1], signal.SIGKILL)
 
-    def kill_an_engine(self) -> None:
-        self._signal(self._engine().processes(), signal.SIGKILL)
+    def kill_an_engine(self) -> bool:
+        return self._signal(self._engine().processes(), signal.SIGKILL)
 
-    def stop_a_worker(self) -> None:
-        self._freeze(self._engine().workers()[-1:])
+    def stop_a_worker(self) -> bool:
+        return self._freeze(self._engine().workers()[-1:])
 
-    def stop_a_worker_and_kill_its_scheduler(self) -> None:
+    def stop_a_worker_and_kill_its_scheduler(self) -> bool:
         engine = self._engine()
-        self._freeze(engine.workers()[:1])
-        self._signal(engine.scheduler(), signal.SIGKILL)
+        return self._freeze(engine.workers()[:1]) and self._signal(engine.scheduler(), signal.SIGKILL)
 
-    def stop_the_server(self) -> None:
+    def stop_the_server(self) -> bool:
         self._server.process.send_signal(signal.SIGSTOP)
         time.sleep(self._random.uniform(*_LONG_S))
         self._server.process.send_signal(signal.SIGCONT)
+        return True
 
-    def kill_the_server(self) -> None:
+    def kill_the_server(self) -> bool:
         self._server.kill()
         time.sleep(self._random.choice((0.0, 1.0)))
         self._servers.append(self._launch())
+        return True
 
-    def restart_the_server(self) -> None:
+    def restart_the_server(self) -> bool:
         self._server.stop()
         self._servers.append(self._launch())
+        return True
 
-    def spoil(self) -> None:
+    def upgrade_the_server(self) -> bool:
+        """A warm takeover, while every engine is at work."""
+        self._await_all_at_work()
+        self._servers.append(take_over(self._server, _SIZE, name=self._name))
+        self._kept_by_upgrades += self._stats()["recovered_blocks"]
+        return True
+
+    def _await_all_at_work(self) -> None:
+        """Every engine has got something stored or loaded since now."""
+        deadline, before = time.monotonic() + _AT_WORK_S, [_work(engine) for engine in self._engines]
+        while not all(_work(engine) > was for engine, was in zip(self._engines, before, strict=True)):
+            self._look_after_all()
+            assert time.monotonic() < deadline, f"engines do not go on: {[_work(each) for each in self._engines]}"
+            time.sleep(0.02)
+
+    def spoil(self) -> bool:
         """Flips a byte of every page that holds any: what no run may stand."""
         segment = np.memmap(self._server.segment_path, np.uint8, mode="r+")
         arena = segment[segment.size - (128 << 20) :]
         arena[100::4096] ^= 1
+        return True
 
     def _engine(self) -> SoakEngine:
         return self._random.choice(self._engines)
 
-    def _freeze(self, processes: list[Process]) -> None:
-        self._signal(processes, signal.SIGSTOP)
+    def _freeze(self, processes: list[Process]) -> bool:
+        done = self._signal(processes, signal.SIGSTOP)
         thaw = threading.Timer(self._random.uniform(*_LONG_S), self._signal, (processes, signal.SIGCONT))
         thaw.start()
         self._thaws.append(thaw)
         self._frozen = [*self._frozen[-8:], *processes]  # of long ago none is frozen, and a pid may be another's by now
+        return done
 
     @staticmethod
-    def _signal(processes: list[Process], number: signal.Signals) -> None:
+    def _signal(processes: list[Process], number: signal.Signals) -> bool:
+        """Whether there was anybody."""
         for process in processes:
             process.signal(number)
+        return bool(processes)
 
     # ---- the end
 
     def _finish(self) -> None:
-        counts = self._counts()
+        counts = self._counts() + Counter({"blocks kept by upgrades": self._kept_by_upgrades})
         self._end_engines()
         stats = self._await_nothing_held()
         left = self._settled_load()
@@ -198,3 +237,8 @@ class Soak:
             server.close()
         self._server.segment_path.unlink(missing_ok=True)
         self._folder.cleanup()
+
+
+def _work(engine: SoakEngine) -> int:
+    counts = engine.counts()
+    return counts["stored parts"] + counts["loaded parts"]
