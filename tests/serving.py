@@ -4,13 +4,14 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import kvmp
 from kvmp.errors import KvmpError
 from kvmp.server import Server
 
-_READY_S = 60.0
+_WATCHDOG_S = 60.0
 _DRAINED_S = 20.0
 
 
@@ -39,8 +40,7 @@ def take_over(old: Server, size: str, *, name: str, chunk: str | None = None) ->
     new = serve(size, name=name, socket=old.socket_path, chunk=chunk, flags=("--upgrade",))
     try:
         assert old.process.wait(_DRAINED_S) == 0, old.log()
-        assert f"asking pid {old.pid}" in new.log(), new.log()
-        assert "has let go of the segment" in new.log(), new.log()
+        _await_said(new, f"pid {old.pid} has let go of the segment")
     except BaseException:
         new.close()
         raise
@@ -49,10 +49,19 @@ def take_over(old: Server, size: str, *, name: str, chunk: str | None = None) ->
 
 def _await_own_answer(server: Server) -> None:
     """Return once it answers itself, and not the one that it takes over from."""
-    deadline = time.monotonic() + _READY_S
-    while _answering_pid(server) != server.pid:
+    _until(lambda: _answering_pid(server) == server.pid, server, "an answer of its own")
+
+
+def _await_said(server: Server, words: str) -> None:
+    """Return once it has said so: its log is written by a thread of its own, a moment later."""
+    _until(lambda: words in server.log(), server, words)
+
+
+def _until(condition: Callable[[], bool], server: Server, what: str) -> None:
+    deadline = time.monotonic() + _WATCHDOG_S
+    while not condition():
         assert server.process.poll() is None, f"it ended with {server.process.returncode}:\n{server.log()}"
-        assert time.monotonic() < deadline, f"it does not answer:\n{server.log()}"
+        assert time.monotonic() < deadline, f"never happened: {what}:\n{server.log()}"
         time.sleep(0.005)
 
 

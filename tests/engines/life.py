@@ -32,12 +32,13 @@ class Life:
 
     def succeed(self) -> None:
         """The next server, after one that was killed; both engines attach to it by themselves."""
-        before = self._attached()
-        self.server.kill()  # reaps it
+        before = self.attached()
+        self.server.kill()
+        self.server.close()
         self.server = self.successors.start()
-        until(lambda: all(now > was for now, was in zip(self._attached(), before, strict=True)), "both attached anew")
+        until(lambda: all(now > was for now, was in zip(self.attached(), before, strict=True)), "both attached anew")
 
-    def _attached(self) -> list[int]:
+    def attached(self) -> list[int]:
         """How often each engine has attached, its namespace open."""
         return [len(lines_of(engine, "kvmp: attached to")) for engine in (self.engine, self.other)]
 

@@ -42,6 +42,7 @@ class Scene:
 
     def restart_server(self) -> None:
         self.server.kill()
+        self.server.close()
         self.server = self.successors.start()
         until(lambda: stats(self.server)["engines"] == 2, "both engines attached to the new server")
 
@@ -115,7 +116,7 @@ def scene(start_engine: StartEngine, tmp_path_factory: pytest.TempPathFactory) -
     scene = Scene(successors, first, held.wait_up(), free.wait_up(), gate)
     yield scene
     gate.open()
-    scene.server.close()
+    successors.end(scene.server)
 
 
 @pytest.fixture(autouse=True)

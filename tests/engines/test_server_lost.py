@@ -5,6 +5,7 @@ Every test proves its moment: the request sent and unanswered (the trap), the co
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
 import pytest
@@ -40,7 +41,7 @@ def life(start_engine: StartEngine, tmp_path_factory: pytest.TempPathFactory) ->
     yield life
     go_on(life.server.pid)
     gate.open()
-    life.server.close()
+    successors.end(life.server)
 
 
 @pytest.fixture(autouse=True)
@@ -102,14 +103,45 @@ def test_killed_while_the_engine_stores(life: Life, reference: Reference) -> Non
 
 def test_killed_while_the_engine_loads(life: Life, reference: Reference) -> None:
     """The mapping outlives the server and the slot words still match: what is loaded is right, and used."""
+    failed = life.count("failed_load_blocks")
     with life.one_loss():
         pending = life.begin_load(KEPT)
         life.server.kill()
         assert life.gate.passed("load") < BLOCKS
         life.gate.open()
         assert pending.result().tokens == reference.tokens(KEPT)
+        assert life.gate.passed("load") == BLOCKS
+        assert life.count("failed_load_blocks") == failed
     life.succeed()
     life.assert_old_content_found(reference)
+
+
+# ---- `kvmp serve --upgrade`
+
+
+def test_upgraded_while_the_engines_work(life: Life, reference: Reference) -> None:
+    """One is in mid-load and its load is used, the other asks on and on; both come back by themselves, once."""
+    attached, warned, failed = life.attached(), len(life.warnings()), life.count("failed_load_blocks")
+    theirs = random_prompt("asked over an upgrade", BLOCK)
+    right = {"kept": reference.tokens(KEPT), "theirs": reference.tokens(theirs)}
+    pending = life.begin_load(KEPT)
+    with ThreadPoolExecutor(1) as beside:
+        upgrade = beside.submit(life.successors.upgrade, life.server)
+        answers = [life.other.generate([theirs], NEW_TOKENS)[0].tokens for _ in iter(upgrade.done, True)]
+    life.server = upgrade.result()
+    assert answers == [right["theirs"]] * max(1, len(answers))
+    assert life.gate.passed("load") < BLOCKS
+    assert not pending.done()
+    life.gate.open()
+    assert pending.result().tokens == right["kept"]
+    assert life.gate.passed("load") == BLOCKS
+    assert life.count("failed_load_blocks") == failed
+    until(lambda: life.attached() == [times + 1 for times in attached], "both attached anew")
+    life.assert_old_content_found(reference)
+    assert _asked_of_the_other(life, KEPT) == (right["kept"], BLOCKS * BLOCK)
+    assert len(life.warnings()) <= warned + 1
+    assert life.attached() == [times + 1 for times in attached]
+    life.assert_never_waited()
 
 
 # ---- SIGSTOP
@@ -159,19 +191,24 @@ def test_frozen_with_a_reserve_under_way(life: Life, reference: Reference) -> No
 
 
 def test_frozen_in_mid_store(life: Life, reference: Reference) -> None:
-    """The worker gives its commit up; taken late or not at all, it leaves nothing Writing and no half block."""
+    """The worker's commit is under way when it gives that up; it is taken late: every block whole, nothing Writing."""
     prompt = random_prompt("frozen in a store", TOKENS)
-    failed = life.count("failed_store_blocks")
+    failed, stored = life.count("failed_store_blocks"), life.count("stored_blocks")
+    before = stats(life.server)
     pending = life.begin_store(prompt)
     with stopped(life.server.pid):
+        assert life.gate.passed("store") < BLOCKS
         life.gate.open()
         assert pending.result().tokens == reference.tokens(prompt)
         until(lambda: life.count("failed_store_blocks") == failed + BLOCKS, "the store given up")
+        assert life.gate.passed("store") == BLOCKS
         life.assert_never_waited()
     life.assert_nothing_open()
+    now = stats(life.server)
+    assert [now[key] - before[key] for key in ("granted", "committed_blocks", "aborted_parts")] == [BLOCKS, BLOCKS, 0]
+    assert life.count("stored_blocks") == stored  # that much is not claimed
     output, loaded = life.ask(prompt)
-    assert output.tokens == reference.tokens(prompt)
-    assert loaded in (0, BLOCKS * BLOCK)
+    assert (output.tokens, loaded) == (reference.tokens(prompt), BLOCKS * BLOCK)
 
 
 # ---- an arena that is too small
