@@ -297,7 +297,15 @@ impl Control {
         if let Some(connection) = self.connections.get(&id) {
             let fds: [BorrowedFd<'_>; 4] =
                 [files.segment.as_fd(), files.ring.as_fd(), files.doorbell.as_fd(), holder_fd.as_fd()];
-            send(&connection.fd, &welcome, &fds).map_err(|e| refused(Refusal::Protocol, format!("welcoming: {e}")))?;
+            match send(&connection.fd, &welcome, &fds) {
+                Ok(()) => {}
+                // It gave up on an answer that was long in coming, which is no lie.
+                Err(SocketError::HangUp) => {
+                    self.close(id, &Why::HungUp);
+                    return Ok(());
+                }
+                Err(e) => return Err(refused(Refusal::Protocol, format!("welcoming: {e}"))),
+            }
         }
         let role = match hello.role {
             Role::Scheduler => format!("scheduler of engine {:016x}", token.0),

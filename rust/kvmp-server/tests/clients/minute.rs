@@ -4,7 +4,8 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use kvmp_client::{Bound, ClientError, ReadLease, ReserveList};
+use kvmp_client::{Bound, Client, ClientError, ConnectOptions, ReadLease, ReserveList};
+use kvmp_core::wire::Role;
 use rustix::process::Signal;
 
 use crate::puppet::{Answer, Ask, Grant};
@@ -68,6 +69,9 @@ impl Stopped {
         assert!((0..5).all(|_| matches!(self.look_up(), Err(ClientError::Lost(_)))));
         assert_eq!(self.asks.scheduler.waited_us(), waited);
         assert!(matches!(self.asks.scheduler.ping(&bound()), Err(ClientError::BoundExceeded { .. })));
+        // One that says hello and gives up before the welcome: no fault of its own.
+        let options = ConnectOptions::new(Role::Tool);
+        assert!(Client::connect(&self.theatre.server.endpoint(), &options, &bound()).is_err());
     }
 
     fn goes_on(mut self) {
