@@ -14,6 +14,8 @@ mod log;
 mod serve;
 mod wheel;
 
+use std::io::IsTerminal;
+
 use clap::{Parser, Subcommand};
 
 use crate::config::{ConfigSource, DEFAULT_ARENA_DIR, DEFAULT_NAME, checked_name};
@@ -61,11 +63,7 @@ struct RmArgs {
 pub fn main(args: Vec<String>) -> i32 {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
-        Err(e) => {
-            // Help and version come this way too, with status 0.
-            let _ = e.print();
-            return e.exit_code();
-        }
+        Err(e) => return refuse(&e),
     };
     let done = match cli.command {
         Command::Serve(args) => serve::run(*args),
@@ -83,6 +81,17 @@ pub fn main(args: Vec<String>) -> i32 {
             e.exit_code()
         }
     }
+}
+
+/// What is no command line. Help and version come this way too, with status 0.
+fn refuse(error: &clap::Error) -> i32 {
+    let text = error.render();
+    match (error.use_stderr(), std::io::stderr().is_terminal()) {
+        (false, _) => drop(error.print()),
+        (true, true) => last::say_last(text.ansi().to_string().as_bytes(), last::LAST_LINES),
+        (true, false) => last::say_last(text.to_string().as_bytes(), last::LAST_LINES),
+    }
+    error.exit_code()
 }
 
 fn rm(args: RmArgs) -> Result<(), crate::ServerError> {

@@ -68,11 +68,15 @@ impl Drop for Unread {
 fn an_error_ends_a_command_all_the_same() {
     let house = House::new();
     let missing = house.path("missing");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_kvmp"));
-    command.args(["rm", "nothing", "--arena-dir"]).arg(&missing);
-    let mut unread = Unread::spawn(command);
-    assert_eq!(unread.wait().code(), Some(2));
-    assert!(unread.said().bytes().all(|byte| byte == b'x'));
+    let missing = missing.to_str().unwrap();
+    // An error of its own, and one of the command line.
+    for args in [&["rm", "nothing", "--arena-dir", missing][..], &["rm", "--such-a-flag"]] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kvmp"));
+        command.args(args);
+        let mut unread = Unread::spawn(command);
+        assert_eq!(unread.wait().code(), Some(2), "{args:?}");
+        assert!(unread.said().bytes().all(|byte| byte == b'x'), "{args:?}");
+    }
 }
 
 #[test]
