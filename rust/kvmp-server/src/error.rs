@@ -171,10 +171,11 @@ pub enum ServerError {
         /// Bytes it was made with.
         of: u64,
     },
-    /// Somebody made the segment of a running server shorter, and longer again.
+    /// Somebody made the segment of a running server shorter and longer again, or punched a hole into its end.
     #[error(
-        "segment {}: memory at its end is gone: it was made shorter and longer again from outside; what lay there is zeroes \
-         now, so the segment is removed and the server ends; start it again, on a new segment", path.display()
+        "segment {}: memory at its end is gone: it was made shorter and longer again from outside, or a hole was punched \
+         there; what lay there is zeroes now, so the segment is removed and the server ends; start it again, on a new segment",
+        path.display()
     )]
     Hollow {
         /// Path of the file.

@@ -310,8 +310,13 @@ impl SegmentFile {
 
     /// Whether there is no hole just before an offset. A file system that does not know (hugetlbfs) says that all is data.
     fn is_whole_before(&self, end: u64) -> bool {
-        let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(end.saturating_sub(TAIL)));
-        hole.map_or(true, |hole| hole >= end)
+        let from = SeekFrom::Hole(end.saturating_sub(TAIL));
+        let hole = || rustix::fs::seek(&self.file, from).ok().filter(|hole| *hole < end);
+        let Some(at) = hole() else { return true };
+        // Linux before 6.4 shows a hole where it is just making small pages into a huge one. A read waits until that is
+        // done, and fills no hole.
+        let _ = rustix::io::pread(&self.file, &mut [0; 1], at);
+        hole().is_none()
     }
 
     /// Bytes of memory the file takes.
@@ -320,9 +325,12 @@ impl SegmentFile {
         self.file.metadata().map_or(0, |meta| meta.blocks() * 512)
     }
 
-    /// Unlinks the file, if the name still means this inode.
+    /// Unlinks the file, if the name still means this inode, whatever has become of that.
     pub fn unlink(&self) {
-        if matches!(self.state(), FileState::AsItWas | FileState::Shorter { .. } | FileState::Hollow) {
+        let named = fs::symlink_metadata(&self.path);
+        if let (Ok(own), Ok(named)) = (self.file.metadata(), named)
+            && (own.dev(), own.ino()) == (named.dev(), named.ino())
+        {
             let _ = fs::remove_file(&self.path);
         }
     }

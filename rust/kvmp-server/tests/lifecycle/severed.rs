@@ -122,3 +122,21 @@ fn a_file_that_was_shorter_for_a_moment_is_served_from_no_more() {
     assert_eq!(next.wait().code(), Some(1), "{}", next.log());
     assert!(next.log().contains("50 blocks kept") && next.log().contains("longer again"), "{}", next.log());
 }
+
+#[test]
+fn another_file_under_the_name_is_not_removed_with_one_that_lost_memory() {
+    let house = House::new();
+    for lost in [4096, 0] {
+        let mut served = house.start(&["--fresh"]);
+        served.says("are backed");
+        let file = house.file();
+        let bytes = file.metadata().unwrap().len();
+        std::fs::write(house.path("notes"), "mine").unwrap();
+        std::fs::rename(house.path("notes"), house.segment()).unwrap();
+        file.set_len(bytes - 4096).unwrap();
+        file.set_len(bytes - 4096 + lost).unwrap();
+        assert_eq!(served.wait().code(), Some(1), "{}", served.log());
+        assert_eq!(std::fs::read(house.segment()).unwrap(), b"mine", "{}", served.log());
+        std::fs::remove_file(house.segment()).unwrap();
+    }
+}
