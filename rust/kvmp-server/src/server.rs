@@ -156,7 +156,7 @@ impl Server {
                 return Err(e);
             }
         };
-        let segment = Arc::new(claim.open()?);
+        let segment = Arc::new(claim.with_memory()?.open()?);
         let mut started = Self::start_on(config, Arc::clone(&segment), doors, sources);
         if let Ok(server) = &mut started {
             server.watched = watched;

@@ -17,6 +17,7 @@ use rustix::fs::{FallocateFlags, RenameFlags, SeekFrom};
 use super::locks::lock_server;
 use super::place::{check_folder, check_memory_fs, is_there, not_made, not_opened, segment_path};
 use super::server_lock::{holder, read_header};
+use super::whole::lost_bytes;
 use crate::config::ServerConfig;
 use crate::error::{Context, ServerError};
 use crate::process::start_time;
@@ -187,6 +188,18 @@ impl Claim {
             };
             return Ok(Ok(Self { path, geometry, file, found }));
         }
+    }
+
+    /// A file that has lost memory of its chunks does not fit either.
+    pub fn with_memory(mut self) -> Result<Self, ServerError> {
+        if self.found == Found::Segment {
+            let lost = lost_bytes(&self.file, &Layout::new(self.geometry));
+            match lost.doing(|| format!("looking at the memory of {}", self.path.display()))? {
+                0 => {}
+                lost => self.found = Found::Replaced(format!("it has lost {} of its memory", crate::size::Bytes(lost))),
+            }
+        }
+        Ok(self)
     }
 
     /// Goes on with the file, or with a new one in its place. The old one's lock is held until the new one has its name.

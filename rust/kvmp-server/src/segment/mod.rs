@@ -6,6 +6,7 @@ mod locks;
 mod place;
 mod server_lock;
 mod table;
+mod whole;
 
 pub use file::{Claim, FileState, Found, SegmentFile, boot_clock_ns, kept_arena_bytes, name_taken, remove};
 pub use locks::HolderLocks;

@@ -140,3 +140,22 @@ fn another_file_under_the_name_is_not_removed_with_one_that_lost_memory() {
         std::fs::remove_file(house.segment()).unwrap();
     }
 }
+
+#[test]
+fn a_file_that_was_shorter_while_no_server_had_it_is_not_gone_on_with() {
+    // The last chunk, and all of them; the table, and what it says of blocks, stays.
+    for lost in [2 * MIB, 16 * MIB] {
+        let house = House::new();
+        let (mut served, engine) = filled(&house, &[]);
+        served.says("are backed");
+        served.stop();
+        let (file, inode) = (house.file(), house.inode());
+        let bytes = file.metadata().unwrap().len();
+        file.set_len(bytes - lost).unwrap();
+        file.set_len(bytes).unwrap();
+        let next = house.start(&[]);
+        assert_eq!(engine.again(&house.endpoint()).hit(&chain(1, 50)).unwrap(), 0);
+        assert!(next.log().contains("replaced by a new, empty one: it has lost"), "{}", next.log());
+        assert_ne!(house.inode(), inode);
+    }
+}
