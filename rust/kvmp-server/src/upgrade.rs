@@ -12,7 +12,7 @@ use kvmp_core::geometry::Geometry;
 
 use crate::config::{ServerConfig, Upgrade, default_socket};
 use crate::error::{Context, ServerError};
-use crate::listen::{BoundSocket, Rendezvous, canonical, who_listens};
+use crate::listen::{BoundSocket, Rendezvous, canonical, is_full, who_listens};
 use crate::process::{Unwatchable, WatchedProcess};
 use crate::segment::{Claim, holds, name_taken, named, segment_path};
 
@@ -125,12 +125,7 @@ impl OldServer {
     fn find(config: &ServerConfig, upgrade: &Upgrade, file: &File) -> Result<Self, ServerError> {
         let sockets = sockets(config, upgrade);
         let Some((socket, (uid, pid))) = who_answers(&sockets) else {
-            return Err(refused(format!(
-                "no server answers at {}, but one has {}{}; name its socket with --upgrade-from, or stop it yourself",
-                sockets.iter().map(|socket| socket.display().to_string()).collect::<Vec<_>>().join(" or "),
-                segment_path(&config.arena_dir, &config.name).display(),
-                named(file).map_or_else(String::new, |pid| format!(" (pid {pid}, says its header)")),
-            )));
+            return Err(not_found(config, &sockets, file));
         };
         let socket = canonical(socket).doing(|| format!("finding {}", socket.display()))?;
         check_uid(uid, pid, &socket)?;
@@ -254,6 +249,25 @@ fn unseen(pid: i32, socket: &std::path::Path, why: Unwatchable) -> ServerError {
             format!("pid {pid}, the server at {socket}, cannot be watched: {e}; stop it yourself")
         }
     })
+}
+
+/// Nobody's pid is to be had from a socket: nobody listens there, or he takes no connection.
+fn not_found(config: &ServerConfig, sockets: &[PathBuf], file: &File) -> ServerError {
+    let path = segment_path(&config.arena_dir, &config.name);
+    let pid = named(file).map_or_else(String::new, |pid| format!(" (pid {pid}, says its header)"));
+    if let Some(busy) = sockets.iter().find(|socket| is_full(socket)) {
+        return refused(format!(
+            "the server at {} leaves so many connections waiting that it is not to be asked for its pid; let the one that has \
+             {}{pid} go on, if a signal has stopped it, or stop it yourself",
+            busy.display(),
+            path.display()
+        ));
+    }
+    refused(format!(
+        "no server answers at {}, but one has {}{pid}; name its socket with --upgrade-from, or stop it yourself",
+        sockets.iter().map(|socket| socket.display().to_string()).collect::<Vec<_>>().join(" or "),
+        path.display()
+    ))
 }
 
 fn check_uid(uid: u32, pid: i32, socket: &std::path::Path) -> Result<(), ServerError> {

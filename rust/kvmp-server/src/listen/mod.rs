@@ -6,5 +6,5 @@ mod tcp;
 mod watch;
 
 pub(crate) use control::{Control, ControlStart};
-pub(crate) use socket::{BoundSocket, Doors, canonical, who_listens};
+pub(crate) use socket::{BoundSocket, Doors, canonical, is_full, who_listens};
 pub(crate) use tcp::Rendezvous;

@@ -122,6 +122,11 @@ pub(crate) fn who_listens(path: &Path) -> Option<(u32, i32)> {
     peer_uid(dial(path).ok()?).ok()
 }
 
+/// Whether somebody listens under a path who has as many connections waiting as may wait: a stopped server, in time.
+pub(crate) fn is_full(path: &Path) -> bool {
+    dial(path).is_err_and(|e| e == Errno::AGAIN)
+}
+
 fn seqpacket() -> rustix::io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)

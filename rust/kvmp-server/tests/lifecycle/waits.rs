@@ -4,6 +4,8 @@ use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::load::filled;
@@ -81,6 +83,24 @@ fn a_server_whose_file_was_removed_is_named_and_left() {
     assert!(log.contains("file was removed") && !log.contains("no server runs"), "{log}");
     assert!(log.contains("another server answers there") && !house.segment().exists(), "{log}");
     assert!(old.is_running() && engine.hit(&chain(1, 50)).unwrap() == 50);
+}
+
+#[test]
+fn a_stopped_server_that_takes_no_more_connections_is_not_said_to_be_elsewhere() {
+    let house = House::new();
+    let old = house.start(&[]);
+    old.freeze();
+    let address = SocketAddrUnix::new(house.socket()).unwrap();
+    // Each waits for it also once its own end is closed.
+    let knock = || {
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::NONBLOCK, None).unwrap();
+        connect(&socket, &address)
+    };
+    until("no more may wait", || knock() == Err(Errno::AGAIN));
+    let (code, log) = house.fails(&["--upgrade"]);
+    assert!(code == 1 && log.contains("leaves so many connections waiting"), "{log}");
+    assert!(log.contains(&format!("(pid {}, says its header) go on", old.pid())), "{log}");
+    old.signal(Signal::CONT);
 }
 
 /// Not a test: a server of another make that ends and leaves socket and lock to a child of its.
