@@ -63,7 +63,7 @@ struct RmArgs {
 pub fn main(args: Vec<String>) -> i32 {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
-        Err(e) => return refuse(&e),
+        Err(e) => return no_command(&e),
     };
     let done = match cli.command {
         Command::Serve(args) => serve::run(*args),
@@ -84,7 +84,7 @@ pub fn main(args: Vec<String>) -> i32 {
 }
 
 /// What is no command line. Help and version come this way too, with status 0.
-fn refuse(error: &clap::Error) -> i32 {
+fn no_command(error: &clap::Error) -> i32 {
     let text = error.render();
     match (error.use_stderr(), std::io::stderr().is_terminal()) {
         (false, _) => drop(error.print()),

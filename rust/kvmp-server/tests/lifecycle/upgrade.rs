@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use kvmp_core::segment::{LockKind, try_lock};
 use rustix::process::Signal;
 
 use crate::load::{Load, filled, more_rounds};
@@ -118,7 +119,7 @@ pub fn lock_and_listen() -> (std::fs::File, OwnedFd) {
     let house = std::path::PathBuf::from(std::env::var_os("KVMP_TEST_HOUSE").unwrap());
     let file = std::fs::File::create_new(house.join("lifecycle.kvmp")).unwrap();
     file.write_all_at(b"nothing that kvmp knows", 0).unwrap();
-    lock_byte_0(&file);
+    assert!(try_lock(&file, LockKind::Exclusive, 0, 1).unwrap());
     let address = rustix::net::SocketAddrUnix::new(house.join("kvmp.sock")).unwrap();
     let kind = rustix::net::SocketType::SEQPACKET;
     let socket = rustix::net::socket(rustix::net::AddressFamily::UNIX, kind, None).unwrap();
@@ -126,15 +127,6 @@ pub fn lock_and_listen() -> (std::fs::File, OwnedFd) {
     // Nobody accepts those who look whether somebody listens.
     rustix::net::listen(&socket, 1024).unwrap();
     (file, socket)
-}
-
-fn lock_byte_0(file: &std::fs::File) {
-    use std::os::fd::AsRawFd;
-    // SAFETY: plain old data, of which all zeroes is a value.
-    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    (lock.l_type, lock.l_len) = (libc::F_WRLCK as libc::c_short, 1);
-    // SAFETY: the descriptor is open for the call, and the kernel only reads `lock`.
-    assert_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) }, 0);
 }
 
 #[test]
