@@ -10,12 +10,15 @@ from numpy.typing import NDArray
 
 __version__: str
 __all__ = [
+    "Bell",
     "BlockIndex",
     "BlockLayout",
     "BoundExceeded",
     "Busy",
     "Client",
     "ConnectError",
+    "CudaLanes",
+    "DeviceError",
     "IndexGrant",
     "IndexHit",
     "InvalidInput",
@@ -32,6 +35,7 @@ __all__ = [
     "Ring",
     "SegmentError",
     "ServerLost",
+    "Transfer",
     "Unreachable",
     "WriteLease",
     "__version__",
@@ -56,6 +60,7 @@ class ProtocolError(KvmpError): ...
 class NamespaceError(KvmpError): ...
 class LeaseError(KvmpError): ...
 class SegmentError(KvmpError): ...
+class DeviceError(KvmpError): ...
 class InvalidInput(KvmpError, ValueError): ...  # noqa: N818 (says what happened)
 
 class _Spec(Protocol):
@@ -226,13 +231,57 @@ class WriteLease:
 
 @final
 class BlockLayout:
-    def __new__(cls, runs: NDArray[np.int64], num_blocks: int) -> Self: ...
+    def __new__(cls, runs: NDArray[np.int64], num_blocks: int, device: int | None = None) -> Self: ...
     @property
     def runs(self) -> NDArray[np.int64]: ...
     @property
     def num_blocks(self) -> int: ...
     @property
+    def device(self) -> int | None: ...
+    @property
     def part_bytes(self) -> int: ...
+
+@final
+class Bell:
+    def __new__(cls) -> Self: ...
+    def ring(self) -> None: ...
+    def wait(self, wait_s: float | None = None) -> bool: ...
+
+@final
+class CudaLanes:
+    def __new__(
+        cls, layout: BlockLayout, way: Literal["batch", "single", "gather"] | None = None, width: int = 16
+    ) -> Self: ...
+    @property
+    def way(self) -> Literal["batch", "single", "gather"]: ...
+    def register(self, client: Client) -> None: ...
+    def registration(self) -> tuple[int, int, str | None]: ...
+    def store(
+        self,
+        client: Client,
+        namespace: Namespace,
+        group: int,
+        block_ids: NDArray[np.int64],
+        slots: NDArray[np.uint32],
+        after: int | None = None,
+        bell: Bell | None = None,
+        server_epoch: int | None = None,
+    ) -> Transfer: ...
+    def load(
+        self,
+        client: Client,
+        namespace: Namespace,
+        group: int,
+        block_ids: NDArray[np.int64],
+        slots: NDArray[np.uint32],
+        after: int | None = None,
+        bell: Bell | None = None,
+    ) -> Transfer: ...
+
+@final
+class Transfer:
+    def has_ended(self) -> bool: ...
+    def wait(self) -> None: ...
 
 @final
 class Ring:

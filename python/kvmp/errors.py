@@ -13,6 +13,7 @@
     ├── NamespaceError    spec, digest or part layout refused; slot larger than a chunk; namespace table full
     ├── LeaseError        unknown or ended lease, another's part, another life of the server
     ├── SegmentError      the server's memory cannot be mapped, or is not what it says
+    ├── DeviceError       a GPU or its driver is missing or refused
     ├── InvalidInput      also a ValueError: a bad argument (shape, dtype, range), named
     └── ConfigError       also a ValueError: a setting unknown or wrong, named with its source and what is allowed
 """
@@ -21,6 +22,7 @@ from ._kvmp import (
     BoundExceeded,
     Busy,
     ConnectError,
+    DeviceError,
     InvalidInput,
     KvmpError,
     LeaseError,
@@ -37,6 +39,7 @@ __all__ = [
     "Busy",
     "ConfigError",
     "ConnectError",
+    "DeviceError",
     "InvalidInput",
     "KvmpError",
     "LeaseError",

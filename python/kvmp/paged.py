@@ -1,7 +1,7 @@
 """Copies between torch paged KV tensors and slots of the arena.
 
 A :class:`PagedKV` describes a rank's KV tensors once, as runs of bytes that every block has; Rust then moves the
-bytes with the GIL released. CPU tensors only so far.
+bytes with the GIL released: on the CPU by threads, on a CUDA device by two streams of its own.
 
 Part bytes are ordered so that runs stay long: tensor after tensor in the order given, and inside a tensor by
 address within the block, gaps left out. :meth:`PagedKV.layout` says just that, so two engines with equal layouts
@@ -10,10 +10,11 @@ have parts that are alike byte for byte, however their blocks and layers are arr
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from kvmp.errors import InvalidInput
 if TYPE_CHECKING:
     from kvmp.client import Client, Namespace
 
-__all__ = ["PagedKV", "runs_of"]
+__all__ = ["Copy", "Load", "PagedKV", "runs_of"]
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
         raise InvalidInput(f"{name}: a torch.Tensor is needed, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise InvalidInput(f"{name}: the tensor's layout is {tensor.layout}; only strided tensors have runs of bytes")
-    if tensor.device.type != "cpu":
-        raise InvalidInput(f"{name}: the tensor is on {tensor.device}; kvmp copies CPU tensors only so far")
+    if not (tensor.device.type == "cpu" or (tensor.device.type == "cuda" and torch.version.cuda)):
+        raise InvalidInput(f"{name}: the tensor is on {tensor.device}; kvmp copies CPU and CUDA tensors")
     if tensor.dim() == 0 or tensor.numel() == 0:
         raise InvalidInput(f"{name}: shape {tuple(tensor.shape)} holds no blocks; dimension 0 must be the blocks")
 
@@ -164,7 +165,7 @@ def runs_of(tensors: Mapping[str, torch.Tensor], num_blocks: int) -> NDArray[np.
 
     Parameters
     ----------
-    tensors : mapping of name to CPU tensor, dimension 0 the blocks, any strides and dtype
+    tensors : mapping of name to tensor, all on the CPU or one CUDA device; dimension 0 the blocks, any strides and dtype
     num_blocks : blocks, of one or several kernel blocks each
 
     Returns
@@ -174,7 +175,7 @@ def runs_of(tensors: Mapping[str, torch.Tensor], num_blocks: int) -> NDArray[np.
     Raises
     ------
     InvalidInput
-        A tensor that is not on the CPU, has no blocks, overlaps itself, or is no multiple of `num_blocks` long.
+        A tensor on another device, that has no blocks, overlaps itself, or is no multiple of `num_blocks` long.
     """
     return _runs(_block_views(tensors, num_blocks))
 
@@ -201,6 +202,75 @@ def _numbers(what: str, values: ArrayLike, dtype: type[np.integer[Any]], count: 
     return np.ascontiguousarray(array, dtype=dtype)
 
 
+def _device(tensors: Mapping[str, torch.Tensor]) -> torch.device:
+    devices = {str(tensor.device): tensor.device for tensor in tensors.values()}
+    if len(devices) > 1:
+        raise InvalidInput(f"tensors: all must be on one device, got {', '.join(sorted(devices))}")
+    return next(iter(devices.values()))
+
+
+class Copy(Protocol):
+    """A copy that was begun."""
+
+    def has_ended(self) -> bool:
+        """Whether the last byte has moved. Raises DeviceError where the device failed: what was moved is garbage."""
+
+    def wait(self) -> None:
+        """Sleeps until the last byte has moved; raises as :meth:`has_ended`."""
+
+
+class Load(Copy, Protocol):
+    """A load that was begun."""
+
+    def good(self) -> NDArray[np.bool_]:
+        """Once it has ended: bool (n,), False where the slot was not the one leased all the while.
+
+        There the block holds garbage and must be recomputed.
+        """
+
+
+class _EndedStore:
+    """A store on the CPU: over once it was begun."""
+
+    def has_ended(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+
+class _EndedLoad(_EndedStore):
+    """A load on the CPU."""
+
+    def __init__(self, good: NDArray[np.bool_]) -> None:
+        self._good = good
+
+    def good(self) -> NDArray[np.bool_]:
+        return self._good
+
+
+class _CudaLoad:
+    """A load on a CUDA device; the words are looked at when it has ended, not before."""
+
+    def __init__(
+        self, transfer: _kvmp.Transfer, client: Client, slots: NDArray[np.uint32], words: NDArray[np.uint64]
+    ) -> None:
+        self._transfer = transfer
+        self._client = client
+        self._slots = slots
+        self._words = words
+
+    def has_ended(self) -> bool:
+        return self._transfer.has_ended()
+
+    def wait(self) -> None:
+        self._transfer.wait()
+
+    def good(self) -> NDArray[np.bool_]:
+        self._transfer.wait()
+        return self._client.check(self._slots, self._words)
+
+
 class PagedKV:
     """A rank's paged KV tensors of one group, described once as runs of bytes.
 
@@ -209,7 +279,7 @@ class PagedKV:
 
     Parameters
     ----------
-    tensors : mapping of name to CPU tensor
+    tensors : mapping of name to tensor, all on the CPU or one CUDA device
         Dimension 0 is the blocks; any strides, any dtype. A tensor given under several names is copied once.
     num_blocks : int, optional
         Blocks, where tensors have several kernel blocks a block (``shape[0] % num_blocks == 0``). By default the
@@ -218,16 +288,31 @@ class PagedKV:
     Raises
     ------
     InvalidInput
-        Naming the tensor that is not on the CPU, has no blocks, or overlaps itself or another.
+        Naming the tensor that is on another device, has no blocks, or overlaps itself or another.
+    DeviceError
+        The GPU cannot be used.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], *, num_blocks: int | None = None) -> None:
         self._tensors = dict(tensors)
         self._num_blocks = _common_blocks(self._tensors) if num_blocks is None and tensors else num_blocks or 0
         self._views = _block_views(self._tensors, self._num_blocks)
+        self._device = _device(self._tensors)
         runs = _runs(self._views)
         self._runs = len(runs)
-        self._layout = _kvmp.BlockLayout(runs, self._num_blocks)
+        ordinal = None if self._device.type == "cpu" else self._device.index or 0
+        self._layout = _kvmp.BlockLayout(runs, self._num_blocks, ordinal)
+        self._lanes = None if ordinal is None else _kvmp.CudaLanes(self._layout)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the tensors."""
+        return self._device
+
+    @property
+    def lanes(self) -> _kvmp.CudaLanes | None:
+        """What copies on a CUDA device; None on the CPU."""
+        return self._lanes
 
     @property
     def num_blocks(self) -> int:
@@ -258,6 +343,90 @@ class PagedKV:
         ]
         return {"block_bytes": self.block_bytes, "tensors": tensors}
 
+    def prepare(self, client: Client) -> None:
+        """Begin to make the client's arena known to the tensors' device, in the background; repeating it costs nothing."""
+        if self._lanes is not None:
+            self._lanes.register(client)
+
+    def trouble(self) -> str | None:
+        """Why part of the arena will never be known to the device, so that copies of it are slower; None for no reason."""
+        return self._lanes.registration()[2] if self._lanes is not None else None
+
+    def begin_store(
+        self,
+        client: Client,
+        ns: Namespace,
+        block_ids: ArrayLike,
+        slots: ArrayLike,
+        *,
+        group: int = 0,
+        threads: int | None = None,
+        server_epoch: int | None = None,
+        after: int | None = None,
+        bell: _kvmp.Bell | None = None,
+    ) -> Copy:
+        """Begin to copy blocks into this client's part of slots under an open write lease.
+
+        On a CUDA device this returns when the copy is submitted; on the CPU when all bytes are there. Until the copy has
+        ended its blocks must not be written, and the slots be neither committed nor aborted.
+
+        Parameters
+        ----------
+        block_ids, slots : integers of shape (n,); block ``block_ids[i]`` goes to slot ``slots[i]``
+        threads : threads to copy with on the CPU; by default as many as help
+        server_epoch : the write lease's; a client of another life of the server copies nothing
+        after : ``cuda_event`` of a ``torch.cuda.Event`` behind which the copy goes; by default it goes at once
+        bell : rung when the copy on a CUDA device has ended
+
+        Raises
+        ------
+        InvalidInput
+            A block id or slot out of range, or a slot named twice; then no byte has moved.
+        LeaseError
+            `server_epoch` is not the client's; then no byte has moved.
+        DeviceError
+            The GPU or its driver refused; the copy has ended.
+        """
+        ids = _numbers("block_ids", block_ids, np.int64)
+        to = _numbers("slots", slots, np.uint32, ids.size)
+        if self._lanes is not None:
+            return self._lanes.store(client, ns, group, ids, to, after, bell, server_epoch)
+        client.store_blocks(self._layout, ns, group, ids, to, threads, server_epoch)
+        return _EndedStore()
+
+    def begin_load(
+        self,
+        client: Client,
+        ns: Namespace,
+        block_ids: ArrayLike,
+        slots: ArrayLike,
+        words: ArrayLike,
+        *,
+        group: int = 0,
+        threads: int | None = None,
+        after: int | None = None,
+        bell: _kvmp.Bell | None = None,
+    ) -> Load:
+        """Begin to copy this client's part of leased slots into blocks; as :meth:`begin_store`.
+
+        Parameters
+        ----------
+        block_ids, slots, words : integers of shape (n,); slot ``slots[i]`` with ``words[i]`` goes to ``block_ids[i]``
+
+        Raises
+        ------
+        InvalidInput
+            A block id or slot out of range, or a block id named twice; then no byte has moved.
+        DeviceError
+            The GPU or its driver refused; the copy has ended.
+        """
+        ids = _numbers("block_ids", block_ids, np.int64)
+        source = _numbers("slots", slots, np.uint32, ids.size)
+        leased = _numbers("words", words, np.uint64, ids.size)
+        if self._lanes is not None:
+            return _CudaLoad(self._lanes.load(client, ns, group, ids, source, after, bell), client, source, leased)
+        return _EndedLoad(client.load_blocks(self._layout, ns, group, ids, source, leased, threads))
+
     def store(
         self,
         client: Client,
@@ -271,22 +440,23 @@ class PagedKV:
     ) -> None:
         """Copy blocks into this client's part of slots under an open write lease; returns when all bytes are there.
 
+        On a CUDA device the copy goes behind all work that the current stream has been given.
+
         Parameters
         ----------
         block_ids, slots : integers of shape (n,); block ``block_ids[i]`` goes to slot ``slots[i]``
-        threads : threads to copy with; by default as many as help
+        threads : threads to copy with on the CPU; by default as many as help
         server_epoch : the write lease's; a client of another life of the server copies nothing
 
         Raises
         ------
-        InvalidInput
-            A block id or slot out of range, or a slot named twice; then no byte has moved.
-        LeaseError
-            `server_epoch` is not the client's; then no byte has moved.
+        As :meth:`begin_store`.
         """
-        ids = _numbers("block_ids", block_ids, np.int64)
-        to = _numbers("slots", slots, np.uint32, ids.size)
-        client.store_blocks(self._layout, ns, group, ids, to, threads, server_epoch)
+        with self._here() as after:
+            copy = self.begin_store(
+                client, ns, block_ids, slots, group=group, threads=threads, server_epoch=server_epoch, after=after
+            )
+            copy.wait()
 
     def load(
         self,
@@ -301,10 +471,12 @@ class PagedKV:
     ) -> NDArray[np.bool_]:
         """Copy this client's part of leased slots into blocks, then check that each slot was still the one leased.
 
+        On a CUDA device the copy goes behind all work that the current stream has been given.
+
         Parameters
         ----------
         block_ids, slots, words : integers of shape (n,); slot ``slots[i]`` with ``words[i]`` goes to ``block_ids[i]``
-        threads : threads to copy with; by default as many as help
+        threads : threads to copy with on the CPU; by default as many as help
 
         Returns
         -------
@@ -312,14 +484,21 @@ class PagedKV:
 
         Raises
         ------
-        InvalidInput
-            A block id or slot out of range, or a block id named twice; then no byte has moved.
+        As :meth:`begin_load`.
         """
-        ids = _numbers("block_ids", block_ids, np.int64)
-        source = _numbers("slots", slots, np.uint32, ids.size)
-        leased = _numbers("words", words, np.uint64, ids.size)
-        ok: NDArray[np.bool_] = client.load_blocks(self._layout, ns, group, ids, source, leased, threads)
-        return ok
+        with self._here() as after:
+            return self.begin_load(
+                client, ns, block_ids, slots, words, group=group, threads=threads, after=after
+            ).good()
+
+    @contextlib.contextmanager
+    def _here(self) -> Iterator[int | None]:
+        """An event at the end of the current stream's work; None on the CPU, where work has ended when it returns."""
+        if self._lanes is None:
+            yield None
+            return
+        event = torch.cuda.current_stream(self._device).record_event()
+        yield event.cuda_event
 
     def __repr__(self) -> str:
         return (

@@ -46,7 +46,7 @@ class FakeServer:
         self.cancelled = 0
         self.reserves: list[tuple[int, int]] = []
 
-    def connect(self, endpoint, *, role, engine_token=None, part=None, socket_dir=None, timeout_ms=1000, reuse=None):
+    def connect(self, endpoint, *, role, engine_token=None, part=None, socket_dir=None, timeout_ms=1000, dma=False, reuse=None):
         if self.gone:
             raise NoServer(f"nobody listens at {endpoint}")
         if role == "worker" and (engine_token, part) in self.closed_parts:
@@ -244,18 +244,49 @@ class FakePaged:
     def layout(self):
         return {"tensors": [{"name": name, "shape": list(t.shape[1:])} for name, t in self.tensors.items()]}
 
-    def store(self, client, ns, block_ids, slots, **kwargs):
+    lanes = None
+
+    def prepare(self, client):
+        pass
+
+    def trouble(self):
+        return None
+
+    def begin_store(self, client, ns, block_ids, slots, **kwargs):
+        self.store(client, ns, block_ids, slots)
+        return FakeCopy(None)
+
+    def begin_load(self, client, ns, block_ids, slots, words, **kwargs):
+        return FakeCopy(self.load(client, ns, block_ids, slots, words))
+
+    def store(self, client, ns, block_ids, slots):
         for block, slot in zip(block_ids.tolist(), slots.tolist(), strict=True):
             rows = [t[block].clone() for t in self.tensors.values()]
             client.server.arena[slot, client.part] = rows
 
-    def load(self, client, ns, block_ids, slots, words, **kwargs):
+    def load(self, client, ns, block_ids, slots, words):
         ok = []
         for block, slot, word in zip(block_ids.tolist(), slots.tolist(), words.tolist(), strict=True):
             for tensor, row in zip(self.tensors.values(), client.server.arena[slot, client.part], strict=True):
                 tensor[block] = row
             ok.append(client.server.word_of[slot] == word)
         return np.array(ok)
+
+
+class FakeCopy:
+    """A copy that has ended."""
+
+    def __init__(self, good):
+        self._good = good
+
+    def has_ended(self):
+        return True
+
+    def wait(self):
+        pass
+
+    def good(self):
+        return self._good
 
 
 class FakePool:

@@ -89,7 +89,7 @@ def test_sleep_waits_for_the_copy_under_way(make, monkeypatch):
     until(lambda: engine.run_step(fakes.step({})) and copying.is_set(), "a copy under way")
     sleeper = threading.Thread(target=lambda: (sleep(engine), order.append("asleep")))
     sleeper.start()
-    until(lambda: engine.workers[0]._worker._copier._suspended, "sleep asked for")
+    until(lambda: engine.workers[0]._worker._copier._flights._suspended, "sleep asked for")
     go_on.set()
     sleeper.join(WATCHDOG_S)
     assert order == ["copied", "asleep"]

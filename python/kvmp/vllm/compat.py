@@ -78,6 +78,23 @@ def unsupported_cache(kv_cache_config: Any) -> str | None:
     return None
 
 
+def unsupported_device(types: set[str]) -> str | None:
+    """Why a KV cache on these kinds of device is beyond the connector, None when it is not."""
+    from vllm.platforms import current_platform
+
+    if types == {"cpu"} or (types == {"cuda"} and current_platform.is_cuda()):
+        return None
+    where = f"{', '.join(sorted(types)) or 'no device'} ({current_platform.device_name})"
+    return f"the KV cache is on {where}; kvmp copies CPU and CUDA tensors"
+
+
+def wished_layout() -> str | None:
+    """The memory order of the KV cache that suits kvmp here: one run a block over all layers."""
+    from vllm.platforms import current_platform
+
+    return "BLHNC" if current_platform.is_cuda() else None
+
+
 def unsupported_parallel(vllm_config: Any) -> str | None:
     """Why this engine's parallel shape is beyond the connector, None when it is not."""
     parallel = vllm_config.parallel_config
@@ -110,12 +127,19 @@ def hash_rules() -> str:
     return "tagged" if VERSION >= (0, 31) else "untagged"
 
 
+def attention_backends(vllm_config: Any) -> list[str]:
+    """Names of the backends that this worker's attention layers run on."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    backends = {layer.get_attn_backend().get_name() for layer in layers if hasattr(layer, "get_attn_backend")}
+    return sorted(backends)
+
+
 def kernel_packing(vllm_config: Any, spec: Any) -> str:
     """How the attention kernel orders bytes inside a block: private to it, and on CPU it depends on the machine."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
-        return current_platform.device_type
+        return f"{current_platform.device_type}:{'+'.join(attention_backends(vllm_config))}"
     from vllm.v1.attention.backends import cpu_attn
 
     cache_dtype = vllm_config.cache_config.cache_dtype

@@ -87,8 +87,11 @@ class KvmpConnector(KVConnectorBase_V1):
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
-        """No wish so far: only CPU tensors are copied, and their attention takes what vLLM gives it by default."""
-        return None
+        """On a GPU blocks outermost, so that a block is one run of bytes over all layers; on the CPU no wish.
+
+        A wish: a backend that cannot have it keeps its own layout, and kvmp copies what it finds.
+        """
+        return harmless("get_required_kvcache_layout", compat.wished_layout, lambda: None, logger)
 
     # Worker side.
 

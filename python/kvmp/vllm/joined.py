@@ -41,7 +41,7 @@ class RefusedError(NotJoinedError):
 
 
 class Membership:
-    """Connects and joins; used by the copy thread only, so a client is closed only when no copy of it runs."""
+    """Connects and joins; used by the copy thread only. A copy under way outlives its client: it holds the holder entry."""
 
     def __init__(
         self,
@@ -49,12 +49,20 @@ class Membership:
         layout_json: str,
         socket_dir: str | None,
         *,
+        dma: bool = False,
         connect: Callable[..., Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
+        """
+        Args:
+            part: index of the part that this worker writes.
+            dma: whether copies may land after this process is gone; the server then waits a grace before it grants their
+                slots anew.
+        """
         self._part = part
         self._layout_json = layout_json
         self._socket_dir = socket_dir
+        self._dma = dma
         self._connect = connect or connecting.client_connect
         self._clock = clock
         self._followed: SessionRef | None = None
@@ -70,7 +78,7 @@ class Membership:
     # The session in use.
 
     def follow(self, session: SessionRef) -> None:
-        """The scheduler's session now: any other is left, so that its slots come back; no copy may be running."""
+        """The scheduler's session now: any other is left, so that its slots come back once its copies have ended."""
         before, self._followed = self._followed, session
         if before is not None and before != session:
             self._leave(before)
@@ -167,6 +175,7 @@ class Membership:
                 part=self._part,
                 socket_dir=self._socket_dir,
                 timeout_ms=_JOIN_MS,
+                dma=self._dma,
                 reuse=self._kept[0] if self._kept else None,
             )
         except BaseException as error:
@@ -235,7 +244,7 @@ class Membership:
             self.close()
 
     def close(self) -> None:
-        """Leaves the server; every copy must have ended."""
+        """Leaves the server; what is still being copied is not committed any more."""
         if self._session is not None and not self.has_left(self._session):
             self._left.append(self._session)
         client, self._client, self._session, self._namespaces = self._client, None, None, {}

@@ -9,7 +9,8 @@ from typing import Any
 
 from kvmp.config import ConnectorConfig
 from kvmp.vllm import compat
-from kvmp.vllm.copier import Copier, Ended
+from kvmp.vllm.copier import Copier
+from kvmp.vllm.jobs import Ended
 from kvmp.vllm.joined import Membership
 from kvmp.vllm.metadata import LoadJob, PartMeta, StepMeta, StoreJob, WorkerReport
 from kvmp.vllm.spec import canonical, layout_digest
@@ -50,9 +51,8 @@ class WorkerSide:
         """Describes this rank's cache; a cache that cannot be copied switches kvmp off for the engine."""
         if self._off:
             return
-        devices = sorted({tensor.device.type for tensor in kv_caches.values()})
-        if devices != ["cpu"]:
-            self._off = f"the KV cache is on {', '.join(devices) or 'no device'}; kvmp copies CPU tensors only so far"
+        if off := compat.unsupported_device({tensor.device.type for tensor in kv_caches.values()}):
+            self._off = off
             return
         from kvmp.paged import PagedKV
 
@@ -63,6 +63,21 @@ class WorkerSide:
         # A large model's layout would overflow the namespace's entry in the segment: its digest stands there.
         self._layout_json = canonical(layout_digest(layout))
         self._logger.debug("kvmp: layout of part %d, of digest %s: %s", self._part, self._layout_json, layout)
+        self._say_how_bytes_move()
+
+    def _say_how_bytes_move(self) -> None:
+        paged = self._paged
+        if paged.lanes is not None:
+            self._logger.info(
+                "kvmp: part %d: %d blocks of %d bytes in %d runs each on %s (layout %s), copied by %s",
+                self._part,
+                paged.num_blocks,
+                paged.block_bytes,
+                paged.runs,
+                paged.device,
+                getattr(self._kv_cache_config, "kv_cache_layout", None),
+                {"gather": "a kernel", "batch": "batched DMA", "single": "DMA, one call a run"}[paged.lanes.way],
+            )
 
     def registration_failed(self) -> None:
         """Registration raised: this rank cannot take part."""
@@ -112,31 +127,48 @@ class WorkerSide:
             self._running_copier().follow(meta.session, meta.namespace)
         if self._copier is not None and (meta.cancelled_loads or meta.void_below):
             self._copier.cancel(meta.cancelled_loads, meta.void_below)
+        if self._paged is not None and self._paged.lanes is not None:
+            # Before this step's forward is given to the GPU: a load goes behind what came before it, not behind that.
+            self.start_loads()
+
+    def _here(self) -> Any:
+        """An event at the end of what the GPU was given; None on the CPU, where work has ended when it returns."""
+        if self._paged is None or self._paged.lanes is None:
+            return None
+        import torch
+
+        return torch.cuda.current_stream(self._paged.device).record_event()
 
     def start_loads(self) -> None:
         """Queues this step's loads."""
         while self._new_loads:
             job = self._new_loads.pop(0)
             try:
-                self._running_copier().load(job)
+                self._running_copier().load(job, self._here())
             except BaseException:
                 # vLLM waits for this load: it is reported failed with the next results.
                 self._doomed.append(job)
                 raise
 
     def start_stores(self) -> None:
-        """Queues this step's stores: the forward that wrote their blocks has ended."""
+        """Queues this step's stores: the forward that wrote their blocks has ended, or was given to the GPU."""
         while self._new_stores:
             job = self._new_stores.pop(0)
             try:
-                self._running_copier().store(job)
+                self._running_copier().store(job, self._here())
             except BaseException:
                 self._unreported = self._unreported.aggregate(WorkerReport({job.job_id: {self._part: 0}}))
                 raise
 
     def _running_copier(self) -> Copier:
         if self._copier is None:
-            membership = Membership(self._part, self._layout_json, self._options.socket_dir, connect=self._connect)
+            membership = Membership(
+                self._part,
+                self._layout_json,
+                self._options.socket_dir,
+                dma=self._paged.lanes is not None,
+                connect=self._connect,
+            )
             verify = self._options.verify == "always"
             self._copier = Copier(self._paged, membership, self._logger, self._stats, verify=verify)
             if self._asleep:

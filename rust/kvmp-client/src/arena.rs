@@ -7,6 +7,7 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use kvmp_core::geometry::Geometry;
 use kvmp_core::ids::ChunkId;
 use kvmp_core::segment::{Access, Mapping, TableMap};
 
@@ -25,6 +26,7 @@ fn inode(file: &File) -> Option<Inode> {
 #[derive(Debug)]
 pub(crate) struct ArenaMap {
     inode: Option<Inode>,
+    geometry: Geometry,
     pub mapping: Mapping,
     left: Mutex<Vec<ChunkId>>,
 }
@@ -36,7 +38,7 @@ impl ArenaMap {
         let mapping = Mapping::new(segment, at, len, Access::ReadWrite)
             .map_err(|e| ClientError::Segment(format!("mapping {len} bytes of the arena: {e}")))?;
         let left = Mutex::new((0..layout.geometry.chunks).map(ChunkId).collect());
-        Ok(Self { inode: inode(segment), mapping, left })
+        Ok(Self { inode: inode(segment), geometry: layout.geometry, mapping, left })
     }
 
     fn is_of(&self, segment: &File, table: &TableMap) -> bool {
@@ -63,6 +65,39 @@ impl ArenaMap {
 /// A client's mapping of its arena, for the next client of the same segment ([`crate::ConnectOptions::keep`]).
 #[derive(Debug, Clone)]
 pub struct KeptArena(Arc<ArenaMap>);
+
+impl KeptArena {
+    /// Whether both are one mapping.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// The mapping.
+    #[must_use]
+    pub fn mapping(&self) -> &Mapping {
+        &self.0.mapping
+    }
+
+    /// Chunks of the arena.
+    #[must_use]
+    pub fn chunks(&self) -> u32 {
+        self.0.geometry.chunks
+    }
+
+    /// Bytes of a chunk.
+    #[must_use]
+    pub fn chunk_bytes(&self) -> u64 {
+        self.0.geometry.chunk_bytes
+    }
+
+    /// Chunks that are not mapped in yet: the server has not backed and zeroed them, or [`crate::Client::prefault`] has not
+    /// come to them.
+    #[must_use]
+    pub fn unpopulated(&self) -> Vec<u32> {
+        self.0.lock_left().iter().map(|chunk| chunk.0).collect()
+    }
+}
 
 #[derive(Debug)]
 enum State {

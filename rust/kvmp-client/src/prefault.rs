@@ -98,11 +98,11 @@ fn map_in_backed(table: &TableMap, arena: &ArenaMap, stop: &Stop) -> ControlFlow
     if cold.is_empty() || stop.is_asked() { ControlFlow::Break(()) } else { ControlFlow::Continue(found) }
 }
 
-/// Whether all of a chunk is mapped in.
+/// Whether all of a chunk is mapped in, or will be by the first copies where the kernel is too old for more.
 fn map_in(table: &TableMap, arena: &ArenaMap, chunk: ChunkId, stop: &Stop) -> bool {
     let bytes = table.layout().geometry.chunk_bytes as usize;
     let at = arena.mapping.as_ptr().wrapping_add(chunk.0 as usize * bytes);
-    matches!(populate(at, bytes, Touch::Read, || !stop.is_asked()), Ok(Populated::All))
+    matches!(populate(at, bytes, Touch::Read, || !stop.is_asked()), Ok(Populated::All | Populated::Unsupported))
 }
 
 #[cfg(test)]

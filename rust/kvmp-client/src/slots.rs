@@ -34,8 +34,11 @@ impl PartsAt {
         ArenaView::new(self.arena.as_ptr(), self.arena.len())
     }
 
-    /// Blocks and places side by side; refuses a layout whose blocks are not of the part's size.
-    pub(crate) fn pairs(&self, layout: &BlockLayout, blocks: &[u32]) -> Result<Vec<(u32, u64)>, ClientError> {
+    /// Blocks and places side by side.
+    ///
+    /// # Errors
+    /// A layout whose blocks are not of the part's size, or not a block a place.
+    pub fn pairs(&self, layout: &BlockLayout, blocks: &[u32]) -> Result<Vec<(u32, u64)>, ClientError> {
         if layout.part_bytes() as u64 != self.bytes {
             let (ours, theirs) = (layout.part_bytes(), self.bytes);
             return Err(input("layout", format!("its blocks have {ours} bytes, the namespace's part has {theirs}")));

@@ -15,8 +15,7 @@ use crate::numbers::{integer, name, optional};
 const KEEP_GIL_BYTES: u64 = 64 << 10;
 
 /// Block ids as copies take them.
-fn block_ids(argument: &Bound<'_, PyAny>, layout: &BlockLayout) -> PyResult<Vec<u32>> {
-    let num_blocks = layout.inner.num_blocks();
+pub fn block_ids(argument: &Bound<'_, PyAny>, num_blocks: u32) -> PyResult<Vec<u32>> {
     let bad = |id| invalid(argument.py(), "block_ids", format!("{id} is out of range: there are {num_blocks} blocks"));
     let ids = list::<i64>(argument, "block_ids")?;
     ids.into_iter().map(|id| u32::try_from(id).ok().filter(|&id| id < num_blocks).ok_or_else(|| bad(id))).collect()
@@ -46,7 +45,8 @@ impl Client {
         #[pyo3(from_py_with = optional::<name::Threads, _>)] threads: Option<usize>,
         #[pyo3(from_py_with = optional::<name::ServerEpoch, _>)] server_epoch: Option<u64>,
     ) -> PyResult<()> {
-        let (blocks, slots) = (self::block_ids(block_ids, layout)?, list::<u32>(slots, "slots")?);
+        layout.check_device(py, None)?;
+        let (blocks, slots) = (self::block_ids(block_ids, layout.inner.num_blocks())?, list::<u32>(slots, "slots")?);
         server_epoch.map_or(Ok(()), |epoch| self.inner.check_epoch(epoch)).or_raise(py)?;
         let at = self.inner.parts_at(&namespace.inner, group, &slots).or_raise(py)?;
         copying(py, &at, || {
@@ -104,7 +104,8 @@ impl Client {
         words: &Bound<'py, PyAny>,
         #[pyo3(from_py_with = optional::<name::Threads, _>)] threads: Option<usize>,
     ) -> PyResult<Bound<'py, PyArray1<bool>>> {
-        let blocks = self::block_ids(block_ids, layout)?;
+        layout.check_device(py, None)?;
+        let blocks = self::block_ids(block_ids, layout.inner.num_blocks())?;
         let (slots, words) = (list::<u32>(slots, "slots")?, list::<u64>(words, "words")?);
         let at = self.inner.parts_at(&namespace.inner, group, &slots).or_raise(py)?;
         let ok = copying(py, &at, || {

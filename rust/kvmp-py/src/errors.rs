@@ -21,10 +21,11 @@ pub enum Class {
     InvalidInput,
     NoServer,
     Unreachable,
+    Device,
 }
 
 /// Name and docstring of each class, in the order of [`Class`].
-const CLASSES: [(&str, &str); 12] = [
+const CLASSES: [(&str, &str); 13] = [
     ("KvmpError", "Base of everything that kvmp raises."),
     ("ConnectError", "No server, or it refused (uid, version, engine), or the hello went wrong."),
     ("ServerLost", "The session ended, or is marked lost until a ping is answered; nothing was asked for."),
@@ -40,6 +41,7 @@ const CLASSES: [(&str, &str); 12] = [
         "Unreachable",
         "Whether anybody listens there cannot be told: rights, an unknown host, a socket of another container.",
     ),
+    ("DeviceError", "A GPU or its driver is missing or refused; a copy under way then has moved garbage."),
 ];
 
 static TREE: PyOnceLock<Vec<Py<PyType>>> = PyOnceLock::new();

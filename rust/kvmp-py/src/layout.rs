@@ -6,12 +6,26 @@ use pyo3::prelude::*;
 
 use crate::arguments::flat;
 use crate::errors::{from_client, invalid};
-use crate::numbers::{integer, name};
+use crate::numbers::{integer, name, optional};
 
 /// Runs of bytes of every block of some paged memory: block `b` has run `r` at `r.addr + b * r.block_stride`.
 #[pyclass(frozen, module = "kvmp._kvmp")]
 pub struct BlockLayout {
     pub inner: kvmp_client::copy::BlockLayout,
+    /// Ordinal of the GPU whose addresses these are; `None`: the host's.
+    pub device: Option<u32>,
+}
+
+impl BlockLayout {
+    /// Refuses a layout whose memory is elsewhere.
+    pub fn check_device(&self, py: Python<'_>, device: Option<u32>) -> PyResult<()> {
+        let name = |device: Option<u32>| device.map_or_else(|| "the host".into(), |ordinal| format!("GPU {ordinal}"));
+        if self.device == device {
+            return Ok(());
+        }
+        let (there, here) = (name(self.device), name(device));
+        Err(invalid(py, "layout", format!("its memory is on {there}; this copies memory of {here}")))
+    }
 }
 
 fn run(py: Python<'_>, row: &[i64; 4]) -> PyResult<Run> {
@@ -24,18 +38,20 @@ fn run(py: Python<'_>, row: &[i64; 4]) -> PyResult<Run> {
 #[pymethods]
 impl BlockLayout {
     /// `runs`: int64 `(n, 4)`, rows [address, block stride, length, offset in the part], all in bytes. They must tile
-    /// the part, and neither blocks nor runs may share a byte.
+    /// the part, and neither blocks nor runs may share a byte. `device`: ordinal of the GPU whose addresses they are.
     #[new]
+    #[pyo3(signature = (runs, num_blocks, device=None))]
     fn new(
         py: Python<'_>,
         runs: &Bound<'_, PyAny>,
         #[pyo3(from_py_with = integer::<name::NumBlocks, _>)] num_blocks: u32,
+        #[pyo3(from_py_with = optional::<name::Device, _>)] device: Option<u32>,
     ) -> PyResult<Self> {
         let what = "an array of shape (n, 4) and dtype int64 is needed";
         let flat = flat::<i64>(runs, "runs", what, |shape| matches!(shape, [_, 4]))?;
         let runs = flat.as_chunks::<4>().0.iter().map(|row| run(py, row)).collect::<PyResult<_>>()?;
         let inner = kvmp_client::copy::BlockLayout::new(runs, num_blocks);
-        Ok(Self { inner: inner.map_err(|error| from_client(py, &error.into()))? })
+        Ok(Self { inner: inner.map_err(|error| from_client(py, &error.into()))?, device })
     }
 
     /// The runs after joining, int64 `(n, 4)`.
@@ -50,6 +66,12 @@ impl BlockLayout {
     #[getter]
     fn num_blocks(&self) -> u32 {
         self.inner.num_blocks()
+    }
+
+    /// Ordinal of the GPU whose memory it is; None for the host's.
+    #[getter]
+    fn device(&self) -> Option<u32> {
+        self.device
     }
 
     /// Bytes of one block over all runs.

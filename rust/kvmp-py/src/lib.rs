@@ -9,6 +9,7 @@ mod budget;
 mod client;
 mod commit;
 mod core;
+mod cuda;
 mod errors;
 mod layout;
 mod lookup;
@@ -37,6 +38,8 @@ mod _kvmp {
     use super::core::policy::{Policy, policies};
     #[pymodule_export]
     use super::core::ring::Ring;
+    #[pymodule_export]
+    use super::cuda::{Bell, CudaLanes, Transfer};
     #[pymodule_export]
     use super::layout::BlockLayout;
     #[pymodule_export]

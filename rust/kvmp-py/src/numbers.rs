@@ -31,10 +31,12 @@ pub mod name {
     }
 
     names! {
+        After = "after",
         AllowUids = "allow_uids",
         ArenaBytes = "arena_bytes",
         Chunk = "chunk",
         ChunkBytes = "chunk_bytes",
+        Device = "device",
         Engine = "engine",
         EngineToken = "engine_token",
         Fd = "fd",
@@ -54,6 +56,7 @@ pub mod name {
         Slots = "slots",
         Threads = "threads",
         TimeoutMs = "timeout_ms",
+        Width = "width",
     }
 }
 

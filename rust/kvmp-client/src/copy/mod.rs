@@ -12,6 +12,7 @@
 //! slots, parts. The client turns a slot and a part into an offset in the arena.
 
 mod bytes;
+mod check;
 mod disjoint;
 mod error;
 mod layout;
@@ -19,7 +20,8 @@ mod populate;
 mod threads;
 mod transfer;
 
+pub use check::{ArenaView, check_load, check_store};
 pub use error::CopyError;
 pub use layout::{BlockLayout, Run};
 pub use populate::{Populated, Touch, populate};
-pub use transfer::{ArenaView, load, store};
+pub use transfer::{load, store};

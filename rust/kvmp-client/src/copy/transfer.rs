@@ -4,38 +4,12 @@ use std::ops::Range;
 
 use kvmp_core::sync::{Ordering, fence};
 
+use super::check::{check_load, check_store};
 use super::threads::{share, threads_for};
-use super::{BlockLayout, CopyError, Run, bytes};
+use super::{ArenaView, BlockLayout, CopyError, Run, bytes};
 
 /// Copies of at least this many bytes go past the caches: shorter ones may still be there when they are read.
 const STREAM_TOTAL: usize = 1 << 20;
-
-/// The chunks as mapped by this process: an address and a length, no claim on the bytes.
-#[derive(Debug, Clone, Copy)]
-pub struct ArenaView {
-    base: usize,
-    len: usize,
-}
-
-impl ArenaView {
-    /// View of `len` bytes of arena from `base` on.
-    #[must_use]
-    pub fn new(base: *mut u8, len: usize) -> Self {
-        Self { base: base.expose_provenance(), len }
-    }
-
-    /// Bytes of the arena.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether there are no bytes.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-}
 
 /// Copies blocks of the engine's memory to the arena: `pairs` are (block id, offset in the arena of its part).
 ///
@@ -54,7 +28,6 @@ pub unsafe fn store(
     threads: Option<usize>,
 ) -> Result<(), CopyError> {
     let copy = Copy::new(Direction::Store, layout, arena, pairs)?;
-    check_parts_apart(pairs, layout.part_bytes())?;
     let threads = thread_count(threads, copy.total)?;
     // Release: no byte below may be seen by one who has not yet seen the slot granted.
     fence(Ordering::Release);
@@ -81,7 +54,6 @@ pub unsafe fn load(
     threads: Option<usize>,
 ) -> Result<(), CopyError> {
     let copy = Copy::new(Direction::Load, layout, arena, pairs)?;
-    check_blocks_once(pairs)?;
     let threads = thread_count(threads, copy.total)?;
     // SAFETY: bounds were checked; the caller vouches for both memories.
     unsafe { copy.run(threads) };
@@ -111,8 +83,9 @@ impl<'a> Copy<'a> {
         arena: ArenaView,
         pairs: &'a [(u32, u64)],
     ) -> Result<Self, CopyError> {
-        for &(block, offset) in pairs {
-            check_bounds(layout, arena, block, offset)?;
+        match direction {
+            Direction::Store => check_store(layout, arena, pairs)?,
+            Direction::Load => check_load(layout, arena, pairs)?,
         }
         // Saturates only if pairs repeat, and both directions refuse that next.
         let total = pairs.len().saturating_mul(layout.part_bytes());
@@ -164,44 +137,15 @@ impl<'a> Copy<'a> {
     unsafe fn move_in_run(&self, run: &Run, block: u32, offset: u64, within: Range<usize>) {
         let stream = self.total >= STREAM_TOTAL;
         let memory = run.addr_of(block) + (within.start - run.part_offset);
-        let arena = self.arena.base + offset as usize + within.start;
+        let arena = self.arena.base() + offset as usize + within.start;
         let (src, dst) = match self.direction {
             Direction::Store => (memory, arena),
             Direction::Load => (arena, memory),
         };
         let (src, dst) = (std::ptr::with_exposed_provenance(src), std::ptr::with_exposed_provenance_mut(dst));
-        // SAFETY: `check_bounds` put the part in the arena and the block in the layout, whose runs are in bounds;
+        // SAFETY: the checks put the part in the arena and the block in the layout, whose runs are in bounds;
         // the caller vouches that both are mapped and apart, and `run` drains.
         unsafe { bytes::copy(src, dst, within.len(), stream) };
-    }
-}
-
-fn check_bounds(layout: &BlockLayout, arena: ArenaView, block: u32, offset: u64) -> Result<(), CopyError> {
-    let (num_blocks, part_bytes) = (layout.num_blocks(), layout.part_bytes());
-    if block >= num_blocks {
-        return Err(CopyError::Block { block, num_blocks });
-    }
-    match offset.checked_add(part_bytes as u64) {
-        Some(end) if end <= arena.len as u64 => Ok(()),
-        _ => Err(CopyError::Arena { offset, part_bytes, arena_bytes: arena.len }),
-    }
-}
-
-fn check_blocks_once(pairs: &[(u32, u64)]) -> Result<(), CopyError> {
-    let mut blocks: Vec<u32> = pairs.iter().map(|&(block, _)| block).collect();
-    blocks.sort_unstable();
-    match blocks.windows(2).find(|two| two[0] == two[1]) {
-        Some(two) => Err(CopyError::DuplicateBlock { block: two[0] }),
-        None => Ok(()),
-    }
-}
-
-fn check_parts_apart(pairs: &[(u32, u64)], part_bytes: usize) -> Result<(), CopyError> {
-    let mut offsets: Vec<u64> = pairs.iter().map(|&(_, offset)| offset).collect();
-    offsets.sort_unstable();
-    match offsets.windows(2).find(|two| two[1] - two[0] < part_bytes as u64) {
-        Some(two) => Err(CopyError::PartsOverlap { first: two[0], second: two[1] }),
-        None => Ok(()),
     }
 }
 

@@ -1,0 +1,154 @@
+"""Stores and loads between a GPU and the arena, by length of run and way, beside one large pinned copy of the same run.
+
+``python benches/gpu_transfer.py [--gib 2] [--json FILE]``. A block has 2 MiB of KV over 32 layers (an 8B Llama's 16 tokens); its
+bytes lie in runs of the length given, as the engine's memory layout has them. GB/s of the best of a few rounds, by CUDA
+events' host time from submission to the last byte; CPU us a block is what submitting costs the copy thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+import kvmp
+from kvmp import _kvmp
+from kvmp.client import Client
+from kvmp.namespace import GroupSpec, NamespaceSpec, PartSpec
+from kvmp.paged import PagedKV
+
+BLOCK_BYTES = 2 << 20
+ROUNDS = 5
+RUNS = [4 << 10, 16 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20, 2 << 20]
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """The fastest of a few rounds, after one that is not timed."""
+    times = []
+    for _ in range(ROUNDS + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def pinned(total: int) -> dict[str, float]:
+    """GB/s of one large copy each way."""
+    host, device = torch.empty(total, dtype=torch.uint8, pin_memory=True), torch.empty(total, dtype=torch.uint8, device="cuda")
+
+    def copy(to: torch.Tensor, source: torch.Tensor) -> None:
+        to.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+
+    return {
+        "store": total / seconds_of(lambda: copy(host, device)) / 1e9,
+        "load": total / seconds_of(lambda: copy(device, host)) / 1e9,
+    }
+
+
+def cache_of(blocks: int, run: int) -> dict[str, torch.Tensor]:
+    """Blocks of 2 MiB in runs of `run` bytes: tensors of one run a block, or one with all of it."""
+    whole = torch.randint(0, 256, (BLOCK_BYTES // run, blocks, run), dtype=torch.uint8, device="cuda")
+    return {f"layer.{at}": whole[at] for at in range(BLOCK_BYTES // run)}
+
+
+class Engine:
+    """A server with one engine of one cache, its blocks stored and found."""
+
+    def __init__(self, server: kvmp.Server, paged: PagedKV, blocks: int, name: str):
+        self.scheduler = Client.connect(server.endpoint)
+        # Of many tensors the layout is too long for the server's table: its digest stands there, as the connector does it.
+        layout = {"sha256": hashlib.sha256(json.dumps(paged.layout()).encode()).hexdigest()}
+        part = PartSpec(bytes=(paged.block_bytes,), layout=layout)
+        spec = NamespaceSpec(model=name, facts={}, groups=(GroupSpec(block_tokens=16),), parts=(part,))
+        namespace = self.scheduler.open(spec)
+        self.worker = Client.connect(
+            server.endpoint, role="worker", engine_token=self.scheduler.engine_token, part=0, dma=True
+        )
+        self.joined = self.worker.join(namespace.id, namespace.digest, json.dumps(layout))
+        hashes = np.frombuffer(secrets.token_bytes(32 * blocks), np.uint8).reshape(-1, 32)
+        self.lease = self.scheduler.reserve(namespace, hashes, first_block=0, timeout_ms=10_000)
+        self.lease.handed_over()
+        assert not self.lease.answers.any(), "a grant was refused"
+
+    def close(self) -> None:
+        self.worker.abort(self.lease.lease_id, self.lease.slots, self.lease.words, timeout_ms=10_000)
+        for client in (self.worker, self.scheduler):
+            client.close()
+
+
+def measure(server: kvmp.Server, run: int, blocks: int, way: str | None, width: int) -> dict[str, object]:
+    """One row of the table."""
+    paged = PagedKV(cache_of(blocks, run))
+    paged._lanes = lanes = _kvmp.CudaLanes(paged._layout, way, width)
+    engine, ids = Engine(server, paged, blocks, f"{run}-{way}-{width}"), np.random.default_rng(1).permutation(blocks)
+    try:
+        lanes.register(engine.worker)
+        start = time.perf_counter()
+        while lanes.registration()[0] < lanes.registration()[1]:
+            assert lanes.registration()[2] is None, lanes.registration()[2]
+            time.sleep(0.002)
+        row: dict[str, object] = {"run": run, "way": lanes.way, "width": width, "registered_s": time.perf_counter() - start}
+        slots, total = engine.lease.slots, blocks * BLOCK_BYTES
+
+        def store() -> float:
+            begun = time.thread_time()
+            copy = lanes.store(engine.worker, engine.joined, 0, ids, slots)
+            spent = time.thread_time() - begun
+            copy.wait()
+            return spent
+
+        def load() -> float:
+            begun = time.thread_time()
+            copy = lanes.load(engine.worker, engine.joined, 0, ids, slots)
+            spent = time.thread_time() - begun
+            copy.wait()
+            return spent
+
+        for name, work in (("store", store), ("load", load)):
+            row[f"{name}_gbs"] = total / seconds_of(work) / 1e9
+            row[f"{name}_cpu_us_a_block"] = min(work() for _ in range(3)) * 1e6 / blocks
+        return row
+    finally:
+        engine.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gib", type=float, default=2.0, help="bytes of KV to move, GiB")
+    parser.add_argument("--json", help="file for the rows")
+    parser.add_argument("--widths", type=int, nargs="*", default=[16], help="multiprocessors that the kernel may take")
+    parser.add_argument("--runs", type=int, nargs="*", default=RUNS, help="lengths of run, bytes")
+    options = parser.parse_args()
+    blocks = int(options.gib * (1 << 30)) // BLOCK_BYTES
+    base = pinned(blocks * BLOCK_BYTES)
+    print(f"{torch.cuda.get_device_name()}; one pinned copy: store {base['store']:.1f}, load {base['load']:.1f} GB/s")
+    print(f"{blocks} blocks of 2 MiB\n     run  way     width  store GB/s  of pinned  CPU us   load GB/s  of pinned  CPU us")
+    rows = []
+    with kvmp.launch(f"{int(options.gib * 2560) + 512}MiB") as server, Client.connect(server.endpoint, role="tool") as tool:
+        while tool.stats()["warming"]:
+            time.sleep(0.01)
+        for run in options.runs:
+            for way, widths in (("batch", [0]), ("gather", options.widths)):
+                for width in widths:
+                    row = measure(server, run, blocks, way, width)
+                    rows.append(row)
+                    cells = [
+                        f"{row[f'{name}_gbs']:10.1f} {row[f'{name}_gbs'] / base[name]:9.2f} {row[f'{name}_cpu_us_a_block']:8.2f}"
+                        for name in ("store", "load")
+                    ]
+                    print(f"{run:8} {row['way']:7} {width:5}  {cells[0]}  {cells[1]}   registered in {row['registered_s']:.2f} s", flush=True)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"device": torch.cuda.get_device_name(), "pinned": base, "blocks": blocks, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
