@@ -168,6 +168,8 @@ def test_a_submitted_copy_leaves_the_engines_stream_and_thread_alone(server: Ser
         paged.prepare(rig.worker)
         until("all of the arena is registered", lambda: registered_all(paged))
         _, lease = rig.reserve(256)
+        other_work = lambda: torch.zeros(1 << 20, device="cuda").sum().item()  # noqa: E731
+        other_work()  # its kernels are loaded when they are first used, which waits for the whole GPU
         engine_stream = torch.cuda.Stream()
         with torch.cuda.stream(engine_stream):
             torch.cuda._sleep(2_000_000_000)
@@ -176,7 +178,7 @@ def test_a_submitted_copy_leaves_the_engines_stream_and_thread_alone(server: Ser
             rig.worker, rig.joined, ids, lease.slots, after=late.cuda_event, bell=bell, server_epoch=rig.worker.server_epoch
         )
         assert not copy.has_ended()
-        torch.zeros(1 << 20, device="cuda").sum().item()  # the default stream does not wait for the copy
+        other_work()
         assert not copy.has_ended()
         assert bell.wait(60.0)
         copy.wait()

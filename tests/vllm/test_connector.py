@@ -380,7 +380,7 @@ def test_kv_on_cuda_switches_off_with_one_line(make, monkeypatch, caplog_vllm):
     monkeypatch.setattr(WorkerSide, "register", lambda side, kv_caches: register(side, {"layer.0": on_cuda}))
     engine = make(attach=False)
     (warning,) = caplog_vllm.warnings()
-    assert "CPU tensors only" in warning
+    assert "the KV cache is on cuda; kvmp copies tensors of the CPU or of one CUDA device" in warning
     req = fakes.request("r", PROMPT)
     engine.scheduler.on_new_request(req)
     assert engine.ask(req) == (0, False)

@@ -236,5 +236,14 @@ def test_another_platform_is_another_packing(engine, monkeypatch):
     plain = engine.spec()
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     monkeypatch.setattr(type(current_platform), "device_type", "cuda")
-    assert spec_leaves(engine.spec())["facts.workers.packing"] == "cuda"
-    assert engine.spec().digest() != plain.digest()
+    flash = on_backend(engine, "FLASH_ATTN")
+    assert spec_leaves(flash)["facts.workers.packing"] == "cuda:FLASH_ATTN"
+    assert len({plain.digest(), flash.digest(), on_backend(engine, "FLASHINFER").digest()}) == 3
+
+
+def on_backend(engine, name):
+    """The spec of an engine whose attention layers run on this backend; other layers say nothing of it."""
+    layer = fakes.SimpleNamespace(get_attn_backend=lambda: fakes.SimpleNamespace(get_name=lambda: name))
+    layers = {"layer.0": layer, "layer.1": layer, "norm": object()}
+    engine.config.compilation_config = fakes.SimpleNamespace(static_forward_context=layers)
+    return engine.spec()

@@ -49,8 +49,8 @@ def test_any_number_of_stores_may_be_owed_and_they_go_with_their_session(make, s
     assert not len(copier._owed)
 
 
-@pytest.mark.parametrize("broken", ["_note", "_is_void", "_pieces"])
-def test_no_fault_of_its_own_ends_the_copy_thread_or_leaves_a_job_unreported(make, server, broken, monkeypatch):
+@pytest.mark.parametrize(("part", "broken"), [("_flights", "_note"), ("_jobs", "is_void"), ("_flights", "_pieces")])
+def test_no_fault_of_its_own_ends_the_copy_thread_or_leaves_a_job_unreported(make, server, part, broken, monkeypatch):
     stored(make())
     engine = make()
     copier = copier_of(engine)
@@ -58,7 +58,7 @@ def test_no_fault_of_its_own_ends_the_copy_thread_or_leaves_a_job_unreported(mak
     def fail(*args):
         raise MemoryError(broken)
 
-    monkeypatch.setattr(copier, broken, fail)
+    monkeypatch.setattr(getattr(copier, part), broken, fail)
     monkeypatch.setattr(fakes.FakePaged, "load", fail)
     req = fakes.request("again", PROMPT)
     assert engine.ask(req) == (16, True)

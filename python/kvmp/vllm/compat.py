@@ -78,21 +78,25 @@ def unsupported_cache(kv_cache_config: Any) -> str | None:
     return None
 
 
-def unsupported_device(types: set[str]) -> str | None:
-    """Why a KV cache on these kinds of device is beyond the connector, None when it is not."""
+def _is_cuda() -> bool:
+    import torch
     from vllm.platforms import current_platform
 
-    if types == {"cpu"} or (types == {"cuda"} and current_platform.is_cuda()):
+    # ROCm calls its devices "cuda" too.
+    return current_platform.device_type == "cuda" and torch.version.cuda is not None
+
+
+def unsupported_device(types: set[str]) -> str | None:
+    """Why a KV cache on these kinds of device is beyond the connector, None when it is not."""
+    if types == {"cpu"} or (types == {"cuda"} and _is_cuda()):
         return None
-    where = f"{', '.join(sorted(types)) or 'no device'} ({current_platform.device_name})"
-    return f"the KV cache is on {where}; kvmp copies CPU and CUDA tensors"
+    where = " and ".join(sorted(types)) or "no device"
+    return f"the KV cache is on {where}; kvmp copies tensors of the CPU or of one CUDA device"
 
 
 def wished_layout() -> str | None:
     """The memory order of the KV cache that suits kvmp here: one run a block over all layers."""
-    from vllm.platforms import current_platform
-
-    return "BLHNC" if current_platform.is_cuda() else None
+    return "BLHNC" if _is_cuda() else None
 
 
 def unsupported_parallel(vllm_config: Any) -> str | None:

@@ -200,8 +200,8 @@ class Flights:
         try:
             return flight.has_ended()
         except BaseException as error:  # The GPU failed, which ends every copy.
-            self._note("a copy failed", error)
             flight.failed, flight.copies = True, []
+            self._note("a copy failed", error)
             return True
 
     def _off_tensors(self, flight: _Flight) -> None:
@@ -250,17 +250,21 @@ class Flights:
     def _store_failed(self, flight: _Flight, error: BaseException) -> None:
         """Whatever was not committed is aborted as soon as the server can be told."""
         job: StoreJob = flight.job
-        if not isinstance(error, LeftError):
-            self._owed.add(job)
-        if isinstance(error, RefusedError):
-            self._jobs.refused(Refusal(job.session, job.namespace, str(error)))
-        else:
-            self._note("a store failed", error)
-        self._store_ended(job, 0)
+        try:
+            if not isinstance(error, LeftError):
+                self._owed.add(job)
+            if isinstance(error, RefusedError):
+                self._jobs.refused(Refusal(job.session, job.namespace, str(error)))
+            else:
+                self._note("a store failed", error)
+        finally:
+            self._store_ended(job, 0)
 
     def _store_ended(self, job: StoreJob, committed: int) -> None:
-        self._jobs.closed(self._membership.take_closed())
-        self._jobs.store_ended(job, committed)
+        try:
+            self._jobs.closed(self._membership.take_closed())
+        finally:
+            self._jobs.store_ended(job, committed)
 
 
 def _handle(event: Any) -> int | None:

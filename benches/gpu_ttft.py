@@ -1,0 +1,242 @@
+"""Time to first token of repeated long prompts in a real vLLM on a GPU, with kvmp and beside its peers, in one run.
+
+``python benches/gpu_ttft.py [--modes none floor kvmp offloading simple lmcache] [--json FILE]``. Each mode is a process of its own: an
+8B Llama's shape with random weights (speed is real, text is not), 6 documents of 16,384 tokens (2 GiB of KV each), a GPU
+cache of 2.5 documents, so that every document of a round has left it since the last round. `floor` has no connector and room
+for all documents: the least that a hit can cost. Round 0 is cold; the hit is the median over the rounds after it.
+
+``--no-hit`` instead: tokens a second of prompts that never repeat, without a connector and with kvmp, in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 32,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "dtype": "bfloat16",
+    "head_dim": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+}
+KV_BYTES_A_TOKEN = 2 * 32 * 8 * 128 * 2
+BLOCK_TOKENS = 16
+CACHE = 32 << 30
+CONNECTORS: dict[str, tuple[str, dict[str, Any]] | None] = {
+    "none": None,
+    "floor": None,
+    "kvmp": ("KvmpConnector", {}),
+    "offloading": ("OffloadingConnector", {"cpu_bytes_to_use": CACHE}),
+    "simple": ("SimpleCPUOffloadConnector", {"cpu_bytes_to_use": CACHE}),
+    "lmcache": ("LMCacheMPConnector", {"lmcache.mp.host": "tcp://localhost", "lmcache.mp.port": 5556}),
+}
+
+
+# One engine.
+
+
+def engine(mode: str, documents: float, tokens: int, eager: bool) -> Any:
+    """A vLLM with the mode's connector and room for so many documents."""
+    from vllm import LLM
+    from vllm.config import KVTransferConfig
+
+    folder = os.path.join(tempfile.gettempdir(), "llama8b")
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "config.json"), "w") as file:
+        json.dump(CONFIG, file)
+    connector = CONNECTORS[mode]
+    transfer = None
+    if connector is not None:
+        transfer = KVTransferConfig(kv_connector=connector[0], kv_role="kv_both", kv_connector_extra_config=connector[1])
+    return LLM(
+        folder,
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        enforce_eager=eager,
+        max_model_len=tokens + 64,
+        kv_transfer_config=transfer,
+        enable_prefix_caching=True,
+        num_gpu_blocks_override=int(tokens * documents / BLOCK_TOKENS),
+        max_num_batched_tokens=8192,
+        gpu_memory_utilization=0.6,
+    )
+
+
+def first_tokens(options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of each prompt in each round, and what was hit."""
+    from vllm import SamplingParams
+
+    llm = engine(options.mode, 8 if options.mode == "floor" else 2.5, options.tokens, options.eager)
+    rng = random.Random(1)
+    documents = [[rng.randrange(10, 120000) for _ in range(options.tokens)] for _ in range(options.documents)]
+    one = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+    llm.generate([{"prompt_token_ids": [rng.randrange(10, 1000) for _ in range(512)]}], one, use_tqdm=False)
+    rounds = []
+    for _ in range(options.rounds):
+        times, hit = [], 0
+        for document in documents:
+            begun = time.perf_counter()
+            [output] = llm.generate([{"prompt_token_ids": document}], one, use_tqdm=False)
+            times.append((time.perf_counter() - begun) * 1e3)
+            hit += output.num_cached_tokens or 0
+        rounds.append({"ms": times, "hit": hit / (options.tokens * options.documents)})
+        time.sleep(1)
+    return {"rounds": rounds}
+
+
+def throughput(options: argparse.Namespace) -> dict[str, Any]:
+    """Prompt tokens a second, of prompts that never repeat; several bouts, as a machine's clock wanders."""
+    from vllm import SamplingParams
+
+    llm, rng, rates = engine(options.mode, 2.5, options.tokens, options.eager), random.Random(2), []
+    few = SamplingParams(temperature=0, max_tokens=32, detokenize=False, ignore_eos=True)
+    for bout in range(options.rounds + 1):
+        prompts = [{"prompt_token_ids": [rng.randrange(10, 120000) for _ in range(2048)]} for _ in range(64)]
+        begun = time.perf_counter()
+        llm.generate(prompts, few, use_tqdm=False)
+        if bout:
+            rates.append(64 * (2048 + 32) / (time.perf_counter() - begun))
+    return {"tokens_a_second": rates}
+
+
+# All of them.
+
+
+@contextmanager
+def server(mode: str) -> Iterator[None]:
+    """The server that a mode's connector wants."""
+    if mode == "kvmp":
+        command = [sys.executable, "-m", "kvmp", "serve", "--size", f"{CACHE >> 30}GiB", "--ephemeral"]
+        ready = "ready: "
+    elif mode == "lmcache":
+        command = [sys.executable, "-m", "lmcache.cli.main", "server", "--port", "5556", "--l1-size-gb", str(CACHE >> 30)]
+        command += ["--eviction-policy", "LRU"]
+        ready = None
+    else:
+        yield
+        return
+    log = tempfile.NamedTemporaryFile("w+", prefix=f"{mode}-", suffix=".log", delete=False)  # noqa: SIM115 (outlives this)
+    with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process:
+        try:
+            deadline = time.monotonic() + 90
+            while ready is not None and ready not in open(log.name).read():
+                assert process.poll() is None and time.monotonic() < deadline, open(log.name).read()
+                time.sleep(0.05)
+            if ready is None:
+                time.sleep(25)
+                assert process.poll() is None, open(log.name).read()[-3000:]
+            yield
+        finally:
+            process.terminate()
+            process.wait(30)
+            print(f"[{mode} server] " + open(log.name).read()[-600:].replace("\n", "\n    "), file=sys.stderr, flush=True)
+
+
+def run(mode: str, options: argparse.Namespace) -> dict[str, Any] | None:
+    """One mode in a process of its own; None where it cannot be had here."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = os.path.join(folder, "out.json")
+        command = [sys.executable, __file__, "--mode", mode, "--json", out]
+        command += ["--tokens", str(options.tokens), "--documents", str(options.documents), "--rounds", str(options.rounds)]
+        command += ["--no-hit"] * options.no_hit + ["--eager"] * options.eager
+        log = os.path.join(folder, "log")
+        try:
+            with server(mode), open(log, "w") as file:
+                subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=True, timeout=options.limit)
+        except (subprocess.SubprocessError, AssertionError) as error:
+            text = open(log).read() if os.path.exists(log) else ""
+            print(f"{mode}: {type(error).__name__} {str(error)[-1500:]}\n{text[-3000:]}", file=sys.stderr, flush=True)
+            return None
+        for line in open(log):
+            if "kvmp" in line and ("WARN" in line or "INFO" in line):
+                print(f"[{mode}] {line.rstrip()}", file=sys.stderr, flush=True)
+        return json.load(open(out))
+
+
+def link_gbs() -> float:
+    """GB/s of one large pinned copy to the GPU, in a process of its own."""
+    code = (
+        "import torch,time;n=2<<30;h=torch.empty(n,dtype=torch.uint8,pin_memory=True);d=torch.empty(n,dtype=torch.uint8,"
+        "device='cuda');b=9e9\nfor _ in range(4):\n torch.cuda.synchronize();t=time.perf_counter();d.copy_(h);"
+        "torch.cuda.synchronize();b=min(b,time.perf_counter()-t)\nprint(n/b/1e9, torch.cuda.get_device_name(), sep='|')"
+    )
+    speed, name = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("|")
+    print(f"{name.strip()}; one pinned copy {float(speed):.1f} GB/s", flush=True)
+    return float(speed)
+
+
+def compare_first_tokens(options: argparse.Namespace) -> dict[str, Any]:
+    speed, table = link_gbs(), {}
+    kv_ms = options.tokens * KV_BYTES_A_TOKEN / speed / 1e6
+    print("mode          cold ms   hit ms  (each round's median)   hit share", flush=True)
+    for mode in options.modes:
+        if (found := run(mode, options)) is None:
+            continue
+        rounds = [statistics.median(entry["ms"]) for entry in found["rounds"]]
+        hit = statistics.median(ms for entry in found["rounds"][1:] for ms in entry["ms"])
+        table[mode] = {"cold_ms": rounds[0], "hit_ms": hit, "rounds_ms": rounds, "hit": found["rounds"][-1]["hit"]}
+        print(f"{mode:12} {rounds[0]:8.1f} {hit:8.1f}  {[round(ms, 1) for ms in rounds[1:]]}  {table[mode]['hit']:.3f}", flush=True)
+    if "floor" in table and "kvmp" in table:
+        least = table["floor"]["hit_ms"] + kv_ms
+        print(f"floor + bytes / link rate = {table['floor']['hit_ms']:.1f} + {kv_ms:.1f} = {least:.1f} ms; kvmp's hit is {table['kvmp']['hit_ms'] / least:.2f} x that")
+    return {"link_gbs": speed, "kv_ms": kv_ms, "modes": table}
+
+
+def compare_throughput(options: argparse.Namespace) -> dict[str, Any]:
+    rates: dict[str, list[float]] = {"none": [], "kvmp": []}
+    for mode in ("none", "kvmp", "kvmp", "none"):
+        if (found := run(mode, options)) is not None:
+            rates[mode] += found["tokens_a_second"]
+            print(f"{mode:6} {[round(rate) for rate in found['tokens_a_second']]}", flush=True)
+    medians = {mode: statistics.median(found) for mode, found in rates.items() if found}
+    if len(medians) == 2:
+        print(f"tokens a second, median: none {medians['none']:.0f}, kvmp {medians['kvmp']:.0f}: {1 - medians['kvmp'] / medians['none']:+.2%} lost")
+    return {"tokens_a_second": rates}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--modes", nargs="*", default=list(CONNECTORS), choices=list(CONNECTORS))
+    parser.add_argument("--mode", choices=list(CONNECTORS), help=argparse.SUPPRESS)
+    parser.add_argument("--no-hit", action="store_true", help="throughput of prompts that never repeat")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens a document")
+    parser.add_argument("--documents", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--limit", type=float, default=150.0, help="seconds a mode may take")
+    parser.add_argument("--json", help="file for the figures")
+    options = parser.parse_args()
+    if options.mode:
+        result = throughput(options) if options.no_hit else first_tokens(options)
+    else:
+        result = compare_throughput(options) if options.no_hit else compare_first_tokens(options)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(result, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
