@@ -1,8 +1,8 @@
 """Stores and loads between a GPU and the arena, by length of run and way, beside one large pinned copy of the same run.
 
-``python benches/gpu_transfer.py [--gib 2] [--json FILE]``. A block has 2 MiB of KV over 32 layers (an 8B Llama's 16 tokens); its
-bytes lie in runs of the length given, as the engine's memory layout has them. GB/s of the best of a few rounds, by CUDA
-events' host time from submission to the last byte; CPU us a block is what submitting costs the copy thread.
+``python benches/gpu_transfer.py [--gib 2] [--json FILE]``. A block has 2 MiB of KV (an 8B Llama's 16 tokens); its bytes lie
+in runs of the length given, as the engine's memory layout has them. GB/s of the best of a few rounds, from submission to
+the last byte as the host sees it; CPU us a block is what submitting costs the copy thread.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import json
 import secrets
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from kvmp import _kvmp
 from kvmp.client import Client
 from kvmp.namespace import GroupSpec, NamespaceSpec, PartSpec
 from kvmp.paged import PagedKV
+from kvmp.server import Server
 
 BLOCK_BYTES = 2 << 20
 ROUNDS = 5
@@ -41,7 +44,10 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 def pinned(total: int) -> dict[str, float]:
     """GB/s of one large copy each way."""
-    host, device = torch.empty(total, dtype=torch.uint8, pin_memory=True), torch.empty(total, dtype=torch.uint8, device="cuda")
+    host, device = (
+        torch.empty(total, dtype=torch.uint8, pin_memory=True),
+        torch.empty(total, dtype=torch.uint8, device="cuda"),
+    )
 
     def copy(to: torch.Tensor, source: torch.Tensor) -> None:
         to.copy_(source, non_blocking=True)
@@ -62,9 +68,9 @@ def cache_of(blocks: int, run: int) -> dict[str, torch.Tensor]:
 class Engine:
     """A server with one engine of one cache, its blocks stored and found."""
 
-    def __init__(self, server: kvmp.Server, paged: PagedKV, blocks: int, name: str):
+    def __init__(self, server: Server, paged: PagedKV, blocks: int, name: str):
         self.scheduler = Client.connect(server.endpoint)
-        # Of many tensors the layout is too long for the server's table: its digest stands there, as the connector does it.
+        # Of many tensors the layout is too long for the server's table: its digest stands there, as in the connector.
         layout = {"sha256": hashlib.sha256(json.dumps(paged.layout()).encode()).hexdigest()}
         part = PartSpec(bytes=(paged.block_bytes,), layout=layout)
         spec = NamespaceSpec(model=name, facts={}, groups=(GroupSpec(block_tokens=16),), parts=(part,))
@@ -84,7 +90,7 @@ class Engine:
             client.close()
 
 
-def measure(server: kvmp.Server, run: int, blocks: int, way: str | None, width: int) -> dict[str, object]:
+def measure(server: Server, run: int, blocks: int, way: str, width: int) -> dict[str, Any]:
     """One row of the table."""
     paged = PagedKV(cache_of(blocks, run))
     paged._lanes = lanes = _kvmp.CudaLanes(paged._layout, way, width)
@@ -92,10 +98,15 @@ def measure(server: kvmp.Server, run: int, blocks: int, way: str | None, width: 
     try:
         lanes.register(engine.worker)
         start = time.perf_counter()
-        while lanes.registration()[0] < lanes.registration()[1]:
-            assert lanes.registration()[2] is None, lanes.registration()[2]
+        while (registered := lanes.registration())[0] < registered[1]:
+            assert registered[2] is None, registered[2]
             time.sleep(0.002)
-        row: dict[str, object] = {"run": run, "way": lanes.way, "width": width, "registered_s": time.perf_counter() - start}
+        row: dict[str, Any] = {
+            "run": run,
+            "way": lanes.way,
+            "width": width,
+            "registered_s": time.perf_counter() - start,
+        }
         slots, total = engine.lease.slots, blocks * BLOCK_BYTES
 
         def store() -> float:
@@ -128,26 +139,34 @@ def main() -> None:
     parser.add_argument("--runs", type=int, nargs="*", default=RUNS, help="lengths of run, bytes")
     options = parser.parse_args()
     blocks = int(options.gib * (1 << 30)) // BLOCK_BYTES
-    base = pinned(blocks * BLOCK_BYTES)
+    base, rows = pinned(blocks * BLOCK_BYTES), []
     print(f"{torch.cuda.get_device_name()}; one pinned copy: store {base['store']:.1f}, load {base['load']:.1f} GB/s")
-    print(f"{blocks} blocks of 2 MiB\n     run  way     width  store GB/s  of pinned  CPU us   load GB/s  of pinned  CPU us")
-    rows = []
-    with kvmp.launch(f"{int(options.gib * 2560) + 512}MiB") as server, Client.connect(server.endpoint, role="tool") as tool:
-        while tool.stats()["warming"]:
-            time.sleep(0.01)
-        for run in options.runs:
-            for way, widths in (("batch", [0]), ("gather", options.widths)):
-                for width in widths:
-                    row = measure(server, run, blocks, way, width)
-                    rows.append(row)
-                    cells = [
-                        f"{row[f'{name}_gbs']:10.1f} {row[f'{name}_gbs'] / base[name]:9.2f} {row[f'{name}_cpu_us_a_block']:8.2f}"
-                        for name in ("store", "load")
-                    ]
-                    print(f"{run:8} {row['way']:7} {width:5}  {cells[0]}  {cells[1]}   registered in {row['registered_s']:.2f} s", flush=True)
+    print(
+        f"{blocks} blocks of 2 MiB\n     run  way     width  store GB/s  of pinned  CPU us   load GB/s  of pinned  CPU us"
+    )
+    kinds = [(run, way, width) for run in options.runs for way, width in ways(options.widths)]
+    with kvmp.launch(f"{int(options.gib * 2560) + 512}MiB") as server:
+        with Client.connect(server.endpoint, role="tool") as tool:
+            while tool.stats()["warming"]:
+                time.sleep(0.01)
+        for kind in kinds:
+            rows.append(measure(server, *kind[:1], blocks, *kind[1:]))
+            print(line(rows[-1], base), flush=True)
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "pinned": base, "blocks": blocks, "rows": rows}, file, indent=1)
+        found = {"device": torch.cuda.get_device_name(), "pinned": base, "blocks": blocks, "rows": rows}
+        Path(options.json).write_text(json.dumps(found, indent=1))
+
+
+def ways(widths: list[int]) -> list[tuple[str, int]]:
+    return [("batch", 0), *(("gather", width) for width in widths)]
+
+
+def line(row: dict[str, Any], base: dict[str, float]) -> str:
+    cells = [
+        f"{row[f'{name}_gbs']:10.1f} {row[f'{name}_gbs'] / base[name]:9.2f} {row[f'{name}_cpu_us_a_block']:8.2f}"
+        for name in ("store", "load")
+    ]
+    return f"{row['run']:8} {row['way']:7} {row['width']:5}  {cells[0]}  {cells[1]}"
 
 
 if __name__ == "__main__":

@@ -175,7 +175,13 @@ def test_a_submitted_copy_leaves_the_engines_stream_and_thread_alone(server: Ser
             torch.cuda._sleep(2_000_000_000)
             late = engine_stream.record_event()
         copy = paged.begin_store(
-            rig.worker, rig.joined, ids, lease.slots, after=late.cuda_event, bell=bell, server_epoch=rig.worker.server_epoch
+            rig.worker,
+            rig.joined,
+            ids,
+            lease.slots,
+            after=late.cuda_event,
+            bell=bell,
+            server_epoch=rig.worker.server_epoch,
         )
         assert not copy.has_ended()
         other_work()
@@ -250,4 +256,3 @@ def test_a_slot_that_was_given_away_fails_the_load(server: Server) -> None:
         words[3] += 1 << 16
         good = paged.load(rig.worker, rig.joined, np.arange(8), hit.slots(), words)
         assert good.tolist() == [True, True, True, False, True, True, True, True]
-

@@ -46,7 +46,9 @@ class FakeServer:
         self.cancelled = 0
         self.reserves: list[tuple[int, int]] = []
 
-    def connect(self, endpoint, *, role, engine_token=None, part=None, socket_dir=None, timeout_ms=1000, dma=False, reuse=None):
+    def connect(
+        self, endpoint, *, role, engine_token=None, part=None, socket_dir=None, timeout_ms=1000, dma=False, reuse=None
+    ):
         if self.gone:
             raise NoServer(f"nobody listens at {endpoint}")
         if role == "worker" and (engine_token, part) in self.closed_parts:

@@ -50,6 +50,14 @@ pub struct Order<'a> {
     pub bell: Option<&'a Arc<Bell>>,
 }
 
+/// Blocks and their parts: by the kernel, by the copy engines, and those that CUDA does not know.
+#[derive(Default)]
+struct Parts {
+    gathered: Vec<Pair>,
+    registered: Vec<(u32, usize)>,
+    unknown: Vec<(u32, usize)>,
+}
+
 /// Streams and kernel of one engine process.
 #[derive(Debug)]
 pub struct Lanes {
@@ -141,29 +149,37 @@ impl Lanes {
         if let Some(event) = order.after {
             stream.wait_for(event)?;
         }
+        let parts = self.sorted(order, pairs);
+        if let (Some(gather), false) = (&self.gather, parts.gathered.is_empty()) {
+            let table = table.insert(gather.table(parts.gathered.len())?);
+            // SAFETY: the caller's obligations, passed on.
+            unsafe { gather.submit(direction, &parts.gathered, table, stream) }?;
+        }
+        let mut copies = Copies::new(direction, &self.layout, &parts.registered);
+        if self.way == Way::Single {
+            // SAFETY: the caller's obligations, passed on.
+            unsafe { copies.submit_singly(stream) }?;
+        } else {
+            // SAFETY: the caller's obligations, passed on; these parts are registered.
+            unsafe { copies.submit_together(stream) }?;
+        }
+        // SAFETY: the caller's obligations, passed on.
+        unsafe { Copies::new(direction, &self.layout, &parts.unknown).submit_singly(stream) }
+    }
+
+    /// The pairs by how they are to be moved.
+    fn sorted(&self, order: &Order<'_>, pairs: &[(u32, u64)]) -> Parts {
         let base = order.at.arena.as_ptr().addr();
-        let (mut known, mut unknown, mut gathered) = (Vec::new(), Vec::new(), Vec::new());
+        let mut parts = Parts::default();
         let seen = order.registered.locate(pairs.iter().map(|&(_, offset)| offset));
         for (&(block, offset), part) in pairs.iter().zip(seen) {
             match part {
-                Some(part) if self.gather.is_some() => gathered.push(Pair { part, block: u64::from(block) }),
-                Some(_) => known.push((block, base + offset as usize)),
-                None => unknown.push((block, base + offset as usize)),
+                Some(part) if self.gather.is_some() => parts.gathered.push(Pair { part, block: u64::from(block) }),
+                Some(_) => parts.registered.push((block, base + offset as usize)),
+                None => parts.unknown.push((block, base + offset as usize)),
             }
         }
-        if let (Some(gather), false) = (&self.gather, gathered.is_empty()) {
-            let table = table.insert(gather.table(gathered.len())?);
-            // SAFETY: the caller's obligations, passed on.
-            unsafe { gather.submit(direction, &gathered, table, stream) }?;
-        }
-        let mut copies = Copies::new(direction, &self.layout, &known);
-        // SAFETY: the caller's obligations, passed on; these parts are registered.
-        match self.way {
-            Way::Single => unsafe { copies.submit_singly(stream) }?,
-            Way::Batch | Way::Gather => unsafe { copies.submit_together(stream) }?,
-        }
-        // SAFETY: the caller's obligations, passed on.
-        unsafe { Copies::new(direction, &self.layout, &unknown).submit_singly(stream) }
+        parts
     }
 
     /// Takes back the table of a copy that has ended.

@@ -81,7 +81,8 @@ mod tests {
     use super::*;
 
     fn layout(len: usize, stride: isize) -> DeviceLayout {
-        let run = |at: usize| Run { addr: 0x1000_0000 + at * 0x10_0000, block_stride: stride, len, part_offset: at * len };
+        let run =
+            |at: usize| Run { addr: 0x1000_0000 + at * 0x10_0000, block_stride: stride, len, part_offset: at * len };
         DeviceLayout::new(BlockLayout::new(vec![run(0), run(1)], 4).unwrap())
     }
 

@@ -122,7 +122,8 @@ impl Registration {
         let registered = Arc::new(Registered::new(device, arena));
         let stop = Arc::new(Bell::default());
         let (work, asked) = (Arc::clone(&registered), Arc::clone(&stop));
-        let thread = std::thread::Builder::new().name("kvmp-register".into()).spawn(move || register_all(&work, &asked));
+        let thread =
+            std::thread::Builder::new().name("kvmp-register".into()).spawn(move || register_all(&work, &asked));
         Self { registered, stop, thread: thread.ok() }
     }
 

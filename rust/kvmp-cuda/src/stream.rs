@@ -88,7 +88,8 @@ impl Event {
     /// Recorded behind all that was submitted to `stream`.
     pub fn after(stream: &Stream) -> Result<Self, CudaError> {
         // Who waits for it sleeps: the engine needs the core.
-        let flags = sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32 | sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        let flags =
+            sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32 | sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
         let mut raw = std::ptr::null_mut();
         // SAFETY: a place for the handle.
         unsafe { sys::cuEventCreate(&raw mut raw, flags) }.result().doing("making an event")?;

@@ -43,7 +43,8 @@ impl Bell {
     #[pyo3(signature = (wait_s=None))]
     fn wait(&self, py: Python<'_>, wait_s: Option<f64>) -> PyResult<bool> {
         let limit = wait_s.map(Duration::try_from_secs_f64).transpose();
-        let limit = limit.map_err(|_| invalid(py, "wait_s", format!("{wait_s:?} is no number of seconds from 0 on")))?;
+        let limit =
+            limit.map_err(|_| invalid(py, "wait_s", format!("{wait_s:?} is no number of seconds from 0 on")))?;
         Ok(py.detach(|| self.inner.wait(limit)))
     }
 }
