@@ -1,8 +1,8 @@
 """Stores and loads between a GPU and the arena, by length of run and way, beside one large pinned copy of the same run.
 
-``python benches/gpu_transfer.py [--gib 2] [--json FILE]``. A block has 2 MiB of KV (an 8B Llama's 16 tokens); its bytes lie
-in runs of the length given, as the engine's memory layout has them. GB/s of the best of a few rounds, from submission to
-the last byte as the host sees it; CPU us a block is what submitting costs the copy thread.
+``python benches/gpu_transfer.py [--gib 2] [--json FILE]``. A block has 2 MiB of KV (an 8B Llama's 16 tokens); its bytes
+lie in runs of the length given, as the engine's memory layout has them. GB/s of the best of a few rounds, from submission
+to the last byte as the host sees it; CPU us a block is what submitting costs the copy thread.
 """
 
 from __future__ import annotations
@@ -141,9 +141,8 @@ def main() -> None:
     blocks = int(options.gib * (1 << 30)) // BLOCK_BYTES
     base, rows = pinned(blocks * BLOCK_BYTES), []
     print(f"{torch.cuda.get_device_name()}; one pinned copy: store {base['store']:.1f}, load {base['load']:.1f} GB/s")
-    print(
-        f"{blocks} blocks of 2 MiB\n     run  way     width  store GB/s  of pinned  CPU us   load GB/s  of pinned  CPU us"
-    )
+    print(f"{blocks} blocks of 2 MiB")
+    print("     run  way     width  store GB/s  of pinned  CPU us   load GB/s  of pinned  CPU us")
     kinds = [(run, way, width) for run in options.runs for way, width in ways(options.widths)]
     with kvmp.launch(f"{int(options.gib * 2560) + 512}MiB") as server:
         with Client.connect(server.endpoint, role="tool") as tool:
