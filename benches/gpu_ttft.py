@@ -1,9 +1,9 @@
 """Time to first token of repeated long prompts in a real vLLM on a GPU, with kvmp and beside its peers, in one run.
 
-``python benches/gpu_ttft.py [--modes none floor kvmp offloading simple lmcache] [--json FILE]``. Each mode is a process
-of its own: an 8B Llama's shape with random weights (speed is real, text is not), 6 documents of 16,384 tokens (2 GiB of KV
-each), a GPU cache of 2.5 documents, so that every document of a round has left it since the last round. `floor` has no
-connector and room for all documents: the least that a hit can cost. Round 0 is cold; the hit is the median over the rounds
+``python benches/gpu_ttft.py [--modes none floor kvmp ...] [--json FILE]``. Each mode is a process of its own: an 8B
+Llama's shape with random weights (speed is real, text is not), 6 documents of 16,384 tokens (2 GiB of KV each), a GPU
+cache of 2.5 documents, so that every document of a round has left it since the last round. `floor` has no connector
+and room for all documents: the least that a hit can cost. Round 0 is cold; the hit is the median over the rounds
 after it. A few seconds pass before round 0, in which kvmp makes its arena known to CUDA.
 
 ``--no-hit`` instead: tokens a second of prompts that never repeat, without a connector and with kvmp, in turns.
@@ -186,14 +186,23 @@ def run(mode: str, options: argparse.Namespace) -> dict[str, Any] | None:
         return found
 
 
+_LINK = """
+import time, torch
+host = torch.empty(2 << 30, dtype=torch.uint8, pin_memory=True)
+device, best = torch.empty_like(host, device="cuda"), float("inf")
+for _ in range(4):
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    device.copy_(host)
+    torch.cuda.synchronize()
+    best = min(best, time.perf_counter() - begun)
+print(host.nbytes / best / 1e9, torch.cuda.get_device_name(), sep="|")
+"""
+
+
 def link_gbs() -> float:
     """GB/s of one large pinned copy to the GPU, in a process of its own."""
-    code = (
-        "import torch,time;n=2<<30;h=torch.empty(n,dtype=torch.uint8,pin_memory=True);d=torch.empty(n,dtype=torch.uint8,"
-        "device='cuda');b=9e9\nfor _ in range(4):\n torch.cuda.synchronize();t=time.perf_counter();d.copy_(h);"
-        "torch.cuda.synchronize();b=min(b,time.perf_counter()-t)\nprint(n/b/1e9, torch.cuda.get_device_name(), sep='|')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", _LINK], capture_output=True, text=True, check=True)
     speed, name = done.stdout.split("|")
     print(f"{name.strip()}; one pinned copy {float(speed):.1f} GB/s", flush=True)
     return float(speed)
@@ -228,111 +237,6 @@ def compare_throughput(options: argparse.Namespace) -> dict[str, Any]:
     if len(medians) == 2:
         lost = 1 - medians["kvmp"] / medians["none"]
         print(f"tokens a second, median: none {medians['none']:.0f}, kvmp {medians['kvmp']:.0f}: {lost:+.2%} lost")
-    return {"tokens_a_second": rates}
-
-
-# All of them.
-
-
-def command_of(mode: str) -> list[str]:
-    """The server that a mode's connector wants; none for most."""
-    if mode == "kvmp":
-        return [sys.executable, "-m", "kvmp", "serve", "--size", f"{CACHE >> 30}GiB", "--ephemeral"]
-    if mode == "lmcache":
-        size = str(CACHE >> 30)
-        lmcache = [sys.executable, "-m", "lmcache.cli.main", "server", "--port", str(LMCACHE_PORT)]
-        return [*lmcache, "--l1-size-gb", size, "--eviction-policy", "LRU"]
-    return []
-
-
-@contextmanager
-def server(mode: str, log: Path) -> Iterator[None]:
-    """Runs a mode's server once it has all its memory."""
-    command = command_of(mode)
-    if not command:
-        yield
-        return
-    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as process:
-        try:
-            wait_ready(mode, log, process)
-            yield
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-def wait_ready(mode: str, log: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 90
-    # LMCache's says nothing that would not be another release's wording: it has half a minute.
-    until = time.monotonic() + 30
-    while "are backed" not in log.read_text() if mode == "kvmp" else time.monotonic() < until:
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"the server is not ready: {log.read_text()[-1500:]}")
-        time.sleep(0.1)
-
-
-def run(mode: str, options: argparse.Namespace) -> dict[str, Any] | None:
-    """One mode in a process of its own; None where it cannot be had here."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        out, log, server_log = folder / "out.json", folder / "log", folder / "server.log"
-        command = [sys.executable, __file__, "--mode", mode, "--json", str(out), "--rounds", str(options.rounds)]
-        command += ["--tokens", str(options.tokens), "--documents", str(options.documents)]
-        command += ["--no-hit"] * options.no_hit + ["--eager"] * options.eager
-        try:
-            with server(mode, server_log), log.open("wb") as file:
-                subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=True, timeout=options.limit)
-        except (subprocess.SubprocessError, RuntimeError) as error:
-            text = log.read_text()[-3000:] if log.exists() else ""
-            print(f"{mode}: {type(error).__name__} {error}\n{text}", file=sys.stderr, flush=True)
-            return None
-        found: dict[str, Any] = json.loads(out.read_text())
-        return found
-
-
-def link_gbs() -> float:
-    """GB/s of one large pinned copy to the GPU, in a process of its own."""
-    code = (
-        "import torch,time;n=2<<30;h=torch.empty(n,dtype=torch.uint8,pin_memory=True);d=torch.empty(n,dtype=torch.uint8,"
-        "device='cuda');b=9e9\nfor _ in range(4):\n torch.cuda.synchronize();t=time.perf_counter();d.copy_(h);"
-        "torch.cuda.synchronize();b=min(b,time.perf_counter()-t)\nprint(n/b/1e9, torch.cuda.get_device_name(), sep='|')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    speed, name = done.stdout.split("|")
-    print(f"{name.strip()}; one pinned copy {float(speed):.1f} GB/s", flush=True)
-    return float(speed)
-
-
-def compare_first_tokens(options: argparse.Namespace) -> dict[str, Any]:
-    speed, table = link_gbs(), {}
-    kv_ms = options.tokens * KV_BYTES_A_TOKEN / speed / 1e6
-    print("mode          cold ms   hit ms  (each round's median)   hit share", flush=True)
-    for mode in options.modes:
-        if (found := run(mode, options)) is None:
-            continue
-        rounds = [statistics.median(entry["ms"]) for entry in found["rounds"]]
-        hit = statistics.median(ms for entry in found["rounds"][1:] for ms in entry["ms"])
-        share, later = found["rounds"][-1]["hit"], [round(ms, 1) for ms in rounds[1:]]
-        table[mode] = {"cold_ms": rounds[0], "hit_ms": hit, "rounds_ms": rounds, "hit": share}
-        print(f"{mode:12} {rounds[0]:8.1f} {hit:8.1f}  {later}  {share:.3f}", flush=True)
-    if "floor" in table and "kvmp" in table:
-        floor, hit = table["floor"]["hit_ms"], table["kvmp"]["hit_ms"]
-        print(f"floor + bytes / link rate = {floor:.1f} + {kv_ms:.1f} = {floor + kv_ms:.1f} ms")
-        print(f"kvmp's hit is {hit / (floor + kv_ms):.2f} x that")
-    return {"link_gbs": speed, "kv_ms": kv_ms, "modes": table}
-
-
-def compare_throughput(options: argparse.Namespace) -> dict[str, Any]:
-    rates: dict[str, list[float]] = {"none": [], "kvmp": []}
-    for mode in ("none", "kvmp", "kvmp", "none"):
-        if (found := run(mode, options)) is not None:
-            rates[mode] += found["tokens_a_second"]
-            print(f"{mode:6} {[round(rate) for rate in found['tokens_a_second']]}", flush=True)
-    medians = {mode: statistics.median(found) for mode, found in rates.items() if found}
-    if len(medians) == 2:
-        print(
-            f"tokens a second, median: none {medians['none']:.0f}, kvmp {medians['kvmp']:.0f}: {1 - medians['kvmp'] / medians['none']:+.2%} lost"
-        )
     return {"tokens_a_second": rates}
 
 
