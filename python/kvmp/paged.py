@@ -165,7 +165,7 @@ def runs_of(tensors: Mapping[str, torch.Tensor], num_blocks: int) -> NDArray[np.
 
     Parameters
     ----------
-    tensors : mapping of name to tensor, all on the CPU or one CUDA device; dimension 0 the blocks, any strides and dtype
+    tensors : mapping of name to tensor, all on the CPU or one CUDA device; dimension 0 the blocks, any strides, dtype
     num_blocks : blocks, of one or several kernel blocks each
 
     Returns
@@ -343,13 +343,17 @@ class PagedKV:
         ]
         return {"block_bytes": self.block_bytes, "tensors": tensors}
 
+    def record_event(self) -> torch.cuda.Event | None:
+        """An event behind all that the device's current stream was given; None on the CPU, where that has ended."""
+        return None if self._lanes is None else torch.cuda.current_stream(self._device).record_event()
+
     def prepare(self, client: Client) -> None:
-        """Begin to make the client's arena known to the tensors' device, in the background; repeating it costs nothing."""
+        """Begin to make the client's arena known to the tensors' device, in the background; again, it costs nothing."""
         if self._lanes is not None:
             self._lanes.register(client)
 
     def trouble(self) -> str | None:
-        """Why part of the arena will never be known to the device, so that copies of it are slower; None for no reason."""
+        """Why part of the arena will never be known to the device, whose copies are slower then; None for no reason."""
         return self._lanes.registration()[2] if self._lanes is not None else None
 
     def begin_store(
@@ -367,8 +371,8 @@ class PagedKV:
     ) -> Copy:
         """Begin to copy blocks into this client's part of slots under an open write lease.
 
-        On a CUDA device this returns when the copy is submitted; on the CPU when all bytes are there. Until the copy has
-        ended its blocks must not be written, and the slots be neither committed nor aborted.
+        On a CUDA device this returns when the copy is submitted; on the CPU when all bytes are there. Until the copy
+        has ended its blocks must not be written, and the slots be neither committed nor aborted.
 
         Parameters
         ----------
@@ -493,12 +497,9 @@ class PagedKV:
 
     @contextlib.contextmanager
     def _here(self) -> Iterator[int | None]:
-        """An event at the end of the current stream's work; None on the CPU, where work has ended when it returns."""
-        if self._lanes is None:
-            yield None
-            return
-        event = torch.cuda.current_stream(self._device).record_event()
-        yield event.cuda_event
+        """`record_event` as a handle; the event lives as long as it is used."""
+        event = self.record_event()
+        yield None if event is None else event.cuda_event
 
     def __repr__(self) -> str:
         return (

@@ -38,10 +38,20 @@ class Engine:
     """`ranks` workers with tensors of their own."""
 
     def __init__(
-        self, server, folder, monkeypatch, *, ranks=1, extra=None, num_blocks=100, attach=True, role="kv_both"
+        self,
+        server,
+        folder,
+        monkeypatch,
+        *,
+        ranks=1,
+        extra=None,
+        num_blocks=100,
+        attach=True,
+        role="kv_both",
+        paged=fakes.FakePaged,
     ):
         self.server = server
-        monkeypatch.setattr("kvmp.paged.PagedKV", fakes.FakePaged)
+        monkeypatch.setattr("kvmp.paged.PagedKV", paged)
         monkeypatch.setattr("kvmp.vllm.connecting.client_connect", server.connect)
         monkeypatch.setattr(compat, "kernel_packing", lambda config, spec: "test")
         self.config = fakes.engine_config(str(folder), tp=ranks, extra=extra, role=role)

@@ -88,8 +88,8 @@ class FakeClient:
             raise Busy(f"no room for a {verb}")
 
     def _alive(self):
-        if self.lost:
-            raise ServerLost("hang-up")
+        if self.closed or self.lost:
+            raise ServerLost("closed" if self.closed else "hang-up")
 
     def ping(self, timeout_ms=100):
         self.missed = self.missed and "ping" in self.server.late
@@ -138,6 +138,12 @@ class FakeClient:
                 self.server.blocks[digest, key] = (slot, self.server.word_of[slot])
                 del self.server.writing[slot]
         return len(slots)
+
+    def check(self, slots, words):
+        self._alive()
+        return np.array(
+            [self.server.word_of[slot] == word for slot, word in zip(slots.tolist(), words.tolist(), strict=True)]
+        )
 
     def part_sums(self, ns, group, slots):
         return np.zeros(len(slots), np.uint64)
@@ -247,6 +253,9 @@ class FakePaged:
         return {"tensors": [{"name": name, "shape": list(t.shape[1:])} for name, t in self.tensors.items()]}
 
     lanes = None
+
+    def record_event(self):
+        return None
 
     def prepare(self, client):
         pass

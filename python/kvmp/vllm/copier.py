@@ -1,8 +1,8 @@
 """The worker's copy thread: begins copies, loads before stores, and settles each job when its copies have ended.
 
-On the CPU a copy has ended when it was begun. On a GPU many are under way at once, one stream a direction, and the thread
-sleeps until one ends or a job comes. In between it leaves sessions that its scheduler has left or whose server is gone,
-joins the scheduler's new one, and pays what is owed; a copy under way keeps the holder entry of its session locked.
+On the CPU a copy has ended when it was begun. On a GPU many are under way at once, one stream a direction, and the
+thread sleeps until one ends or a job comes. In between it leaves sessions that its scheduler has left or whose server
+is gone, joins the scheduler's new one, and pays what is owed; a copy under way keeps its session's holder entry locked.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from kvmp import _kvmp, errors
 from kvmp.vllm.flights import Flights
-from kvmp.vllm.jobs import Ended, Jobs
+from kvmp.vllm.jobs import Ended, Jobs, store_limit
 from kvmp.vllm.joined import Membership, NotJoinedError, RefusedError
 from kvmp.vllm.metadata import LoadJob, NamespaceRef, Refusal, SessionRef, StoreJob
 from kvmp.vllm.owed import Owed
@@ -48,7 +48,8 @@ class Copier:
         self._logger = logger
         self._stats = stats
         self._bell = _kvmp.Bell()
-        self._jobs = Jobs(paged.block_bytes, self._bell)
+        limit = store_limit(paged.num_blocks * paged.block_bytes)
+        self._jobs = Jobs(paged.block_bytes, limit, self._bell)
         self._owed = Owed(membership, _ABORT_MS)
         verifier = Verifier(verify, logger, stats)
         self._flights = Flights(paged, membership, self._owed, self._jobs, verifier, self._bell, self._note)
@@ -91,7 +92,7 @@ class Copier:
     def suspend(self) -> None:
         """Touches no tensor from now on: their memory is about to go. Returns when the copies under way have ended.
 
-        That wait has no bound, because a copy that goes on would read memory that is not there; it is a few jobs' bytes.
+        That wait has no bound: a copy that goes on would touch memory that is not there; it is a few jobs' bytes.
         Until `resume`, loads fail and stores are aborted.
         """
         self._flights.suspend()
@@ -174,8 +175,8 @@ class Copier:
         if not self._slow_said and (trouble := self._paged.trouble()):
             self._slow_said = True
             self._logger.warning(
-                "kvmp: CUDA did not take all of the arena (%s): copies of the rest are slower. In a container, let it lock "
-                "memory (docker run --ulimit memlock=-1)",
+                "kvmp: CUDA did not take all of the arena (%s): copies of the rest are slower. In a container, let it "
+                "lock memory (docker run --ulimit memlock=-1)",
                 trouble,
             )
 

@@ -3,7 +3,8 @@
 begun -> copies ended -> checked -> done | failed          a load
 begun -> copies ended -> committed | aborted               a store
 
-Until its copies have ended a job's part of the slots is open and its engine blocks are touched. Used by the copy thread.
+Until its copies have ended, a job's part of the slots is open and its engine blocks are touched. Used by the copy
+thread.
 """
 
 from __future__ import annotations
@@ -42,14 +43,16 @@ class _Flight:
     copies: list[Any] = field(default_factory=list)
     # Not to be counted as done, whatever its copies say.
     failed: bool = False
+    # Why its copies, or the rest of them, could not be begun.
+    error: BaseException | None = None
     # It may still be touching the engine's blocks.
     on_tensors: bool = False
 
     def has_ended(self) -> bool:
-        return all([copy.has_ended() for copy in self.copies])
+        return all(copy.has_ended() for copy in self.copies)
 
     def loaded_well(self) -> bool:
-        return not self.failed and all([bool(np.all(copy.good())) for copy in self.copies])
+        return not self.failed and all(bool(np.all(copy.good())) for copy in self.copies)
 
 
 class Flights:
@@ -133,14 +136,15 @@ class Flights:
 
     def _begin_store(self, flight: _Flight, queued: Queued) -> None:
         job = flight.job
+        flight.failed = True  # Until its last copy was begun.
         try:
             flight.client, flight.namespace = self._membership.for_store(job.session, job.namespace)
             self._owed.pay(flight.client, job.session)
-            wanted = queued.fits and not self._jobs.is_void(job)
-            flight.failed = not (wanted and self._store_begun(flight, queued))
+            if queued.fits and not self._jobs.is_void(job):
+                flight.failed = not self._store_begun(flight, queued)
         except BaseException as error:
-            self._store_failed(flight, error)
-        else:
+            flight.error = error
+        finally:  # Even so: copies that were begun must end before anything is said of the job.
             self._flights.append(flight)
 
     def _store_begun(self, flight: _Flight, queued: Queued) -> bool:
@@ -182,24 +186,28 @@ class Flights:
 
     def settle_ended(self) -> None:
         """Settles the jobs whose copies have ended."""
-        for flight in list(self._flights):
-            if self._has_ended(flight):
-                self._flights.remove(flight)
-                self._off_tensors(flight)
-                settle = self._settle_load if isinstance(flight.job, LoadJob) else self._settle_store
+        ended = [flight for flight in self._flights if self._has_ended(flight)]
+        for flight in ended:  # First: `suspend` waits for no answer of the server.
+            self._off_tensors(flight)
+        for flight in ended:
+            self._flights.remove(flight)
+            settle = self._settle_load if isinstance(flight.job, LoadJob) else self._settle_store
+            try:
                 settle(flight)
+            finally:  # Whoever keeps the flight, an error's frames say, keeps no holder entry locked with it.
+                flight.copies = []
 
     def finish(self) -> None:
         """Waits for every copy under way, and settles its job."""
-        for copy in [copy for flight in self._flights for copy in flight.copies]:
-            with contextlib.suppress(BaseException):  # It has ended; why it failed is seen when it is settled.
-                copy.wait()
+        for flight in self._flights:
+            _await_end(flight)
         self.settle_ended()
 
     def _has_ended(self, flight: _Flight) -> bool:
         try:
             return flight.has_ended()
-        except BaseException as error:  # The GPU failed, which ends every copy.
+        except BaseException as error:  # The GPU failed, which ends every copy; after any other fault one may go on.
+            _await_end(flight)
             flight.failed, flight.copies = True, []
             self._note("a copy failed", error)
             return True
@@ -228,6 +236,9 @@ class Flights:
         return intact and not self._jobs.is_cancelled(job)
 
     def _settle_store(self, flight: _Flight) -> None:
+        if flight.error is not None:
+            self._store_failed(flight, flight.error)
+            return
         try:
             committed = self._close_parts(flight)
         except BaseException as error:
@@ -265,6 +276,13 @@ class Flights:
             self._jobs.closed(self._membership.take_closed())
         finally:
             self._jobs.store_ended(job, committed)
+
+
+def _await_end(flight: _Flight) -> None:
+    """Sleeps until its copies have ended, with the GIL released; dropped before that, a copy sleeps with it held."""
+    for copy in flight.copies:
+        with contextlib.suppress(BaseException):  # It has ended; why it failed is seen when it is settled.
+            copy.wait()
 
 
 def _handle(event: Any) -> int | None:

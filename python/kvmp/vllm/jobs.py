@@ -1,4 +1,4 @@
-"""What the engine's thread and the copy thread share: jobs queued, jobs not wanted any more, jobs ended. One lock over all."""
+"""What the engine's thread and the copy thread share, under one lock: jobs queued, not wanted any more, ended."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ from typing import Any
 from kvmp import _kvmp
 from kvmp.vllm.metadata import LoadJob, NamespaceRef, Refusal, SessionRef, StoreJob
 
-# Stores beyond this, waiting and under way, are dropped: the engine fills blocks faster than they can be copied. Bytes.
+# What stores may have waiting and under way, at least. Bytes.
 _STORE_BYTES = 1 << 30
+# Of a cache, that much may be on its way: a long prompt's second chunk is put up while its first is being copied.
+_CACHE_SHARE = 4
+
+
+def store_limit(cache_bytes: int) -> int:
+    """Bytes of stores on their way beyond which one more is dropped: blocks fill faster than they are copied."""
+    return max(_STORE_BYTES, cache_bytes // _CACHE_SHARE)
 
 
 @dataclass
@@ -54,17 +61,20 @@ class Queued:
 class Jobs:
     """The engine's thread queues and takes what has ended; the copy thread works them off. None of it waits."""
 
-    def __init__(self, block_bytes: int, bell: _kvmp.Bell):
+    def __init__(self, block_bytes: int, store_limit: int, bell: _kvmp.Bell):
         """
         Args:
+            store_limit: bytes of stores that may wait and be under way; of one alone, any number.
             bell: rung when there is something for the copy thread.
         """
         self._block_bytes = block_bytes
+        self._store_limit = store_limit
         self._bell = bell
         self._lock = threading.Lock()
         self._loads: deque[Queued] = deque()
         self._stores: deque[Queued] = deque()
-        self._store_bytes = 0
+        # Bytes of each store that is to be copied and has not ended.
+        self._store_bytes: dict[int, int] = {}
         self._unended_loads: set[str] = set()
         self._cancelled: set[str] = set()
         self._void_below = 0
@@ -84,8 +94,10 @@ class Jobs:
     def add_store(self, job: StoreJob, after: Any) -> None:
         """Queues a store, or its abort when too many bytes are on their way already."""
         with self._lock:
-            fits = not self._store_bytes or self._store_bytes + self._bytes(job) <= _STORE_BYTES
-            self._store_bytes += self._bytes(job)
+            wanted, on_way = len(job.block_ids) * self._block_bytes, sum(self._store_bytes.values())
+            fits = not on_way or on_way + wanted <= self._store_limit
+            if fits:
+                self._store_bytes[job.job_id] = wanted
             self._stores.append(Queued(job, after, fits))
         self._bell.ring()
 
@@ -149,7 +161,7 @@ class Jobs:
     def store_ended(self, job: StoreJob, committed: int) -> None:
         """Reports a store; exactly once, or its blocks would stay pinned."""
         with self._lock:
-            self._store_bytes -= self._bytes(job)
+            self._store_bytes.pop(job.job_id, None)
             self._ended.stored[job.job_id] = committed
 
     def refused(self, refusal: Refusal) -> None:
@@ -161,6 +173,3 @@ class Jobs:
         """Reports engine tokens with which this worker cannot go on."""
         with self._lock:
             self._ended.closed.update(tokens)
-
-    def _bytes(self, job: StoreJob) -> int:
-        return len(job.block_ids) * self._block_bytes

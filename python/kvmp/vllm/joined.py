@@ -41,7 +41,7 @@ class RefusedError(NotJoinedError):
 
 
 class Membership:
-    """Connects and joins; used by the copy thread only. A copy under way outlives its client: it holds the holder entry."""
+    """Connects and joins; used by the copy thread only. A copy under way outlives its client, with the holder entry."""
 
     def __init__(
         self,
@@ -56,8 +56,8 @@ class Membership:
         """
         Args:
             part: index of the part that this worker writes.
-            dma: whether copies may land after this process is gone; the server then waits a grace before it grants their
-                slots anew.
+            dma: whether copies may land after this process is gone; the server then waits a grace before it grants
+                their slots anew.
         """
         self._part = part
         self._layout_json = layout_json

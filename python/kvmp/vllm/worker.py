@@ -131,20 +131,15 @@ class WorkerSide:
             # Before this step's forward is given to the GPU: a load goes behind what came before it, not behind that.
             self.start_loads()
 
-    def _here(self) -> Any:
-        """An event at the end of what the GPU was given; None on the CPU, where work has ended when it returns."""
-        if self._paged is None or self._paged.lanes is None:
-            return None
-        import torch
-
-        return torch.cuda.current_stream(self._paged.device).record_event()
+    def _event(self) -> Any:
+        return None if self._paged is None else self._paged.record_event()
 
     def start_loads(self) -> None:
         """Queues this step's loads."""
         while self._new_loads:
             job = self._new_loads.pop(0)
             try:
-                self._running_copier().load(job, self._here())
+                self._running_copier().load(job, self._event())
             except BaseException:
                 # vLLM waits for this load: it is reported failed with the next results.
                 self._doomed.append(job)
@@ -155,7 +150,7 @@ class WorkerSide:
         while self._new_stores:
             job = self._new_stores.pop(0)
             try:
-                self._running_copier().store(job, self._here())
+                self._running_copier().store(job, self._event())
             except BaseException:
                 self._unreported = self._unreported.aggregate(WorkerReport({job.job_id: {self._part: 0}}))
                 raise
