@@ -83,3 +83,24 @@ def make(server, tmp_path, monkeypatch):
     yield build
     for engine in engines:
         engine.close()
+
+
+@pytest.fixture
+def gpu():
+    """A fake device, and that no copy was let go while it was under way."""
+    from fake_device import FakeDevice
+
+    device = FakeDevice()
+    yield device
+    assert not device.dropped
+
+
+@pytest.fixture
+def flying(gpu, make, server):
+    """An engine on the fake device with its prompt stored once; in the end all copies end."""
+    from flying import Flying
+
+    engine = Flying(gpu, make(paged=gpu.paged, num_blocks=400), server)
+    engine.keep()
+    yield engine
+    gpu.end_all()

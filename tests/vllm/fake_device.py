@@ -30,6 +30,7 @@ class FakeDevice:
         self.moment = "start"
         self.events: dict[int, str] = {}  # event -> moment at which it was recorded
         self._handles = itertools.count(1)
+        self._lock = threading.RLock()
 
     def paged(self, tensors, *, num_blocks=None):
         return DevicePaged(self, tensors, num_blocks)
@@ -43,12 +44,12 @@ class FakeDevice:
         refusals = self.refuses.get(direction)
         if refusals and (error := refusals.pop(0)) is not None:
             raise error
-        self.begun.append(work)
-        self.streams[direction].append(work)
-        copy = DeviceCopy(self, client, work)
-        if self.at_once:
-            self.end(direction)
-        return copy
+        with self._lock:
+            self.begun.append(work)
+            self.streams[direction].append(work)
+            if self.at_once:
+                self.end(direction)
+        return DeviceCopy(self, client, work)
 
     def under_way(self, direction):
         return len(self.streams[direction])
@@ -56,9 +57,10 @@ class FakeDevice:
     def end(self, direction, copies=1):
         """The first ones of a stream end."""
         for _ in range(copies):
-            work = self.streams[direction].pop(0)
-            work.move()
-            work.over.set()
+            with self._lock:
+                work = self.streams[direction].pop(0)
+                work.move()
+                work.over.set()
             if self.rings:
                 work.bell.ring()
 
@@ -72,9 +74,10 @@ class FakeDevice:
 
     def end_all(self):
         """What is under way ends, and from now on whatever is begun."""
-        self.at_once = True
-        for direction, stream in self.streams.items():
-            self.end(direction, len(stream))
+        with self._lock:
+            self.at_once = True
+            for direction, stream in self.streams.items():
+                self.end(direction, len(stream))
 
 
 class Work:
@@ -82,7 +85,8 @@ class Work:
 
     def __init__(self, move, check, after, bell):
         self.move, self.check, self.after, self.bell = move, check, after, bell
-        self.over, self.error, self.looks = threading.Event(), None, 0
+        self.over, self.error = threading.Event(), None
+        self.looks, self.waits = 0, 0  # how often kvmp has looked, and waited
 
 
 class DeviceCopy:
@@ -104,6 +108,7 @@ class DeviceCopy:
         return over
 
     def wait(self):
+        self._work.waits += 1
         assert self._work.over.wait(WATCHDOG_S), "a copy never ended"
         if self._work.error is not None:
             raise self._work.error
