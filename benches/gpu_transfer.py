@@ -1,8 +1,8 @@
 """Stores and loads between a GPU and the arena, by length of run and way, beside one large pinned copy of the same run.
 
-``python benches/gpu_transfer.py [--gib 2] [--json FILE]``. A block has 2 MiB of KV (an 8B Llama's 16 tokens); its bytes
-lie in runs of the length given, as the engine's memory layout has them. GB/s of the best of a few rounds, from submission
-to the last byte as the host sees it; CPU us a block is what submitting costs the copy thread.
+``python benches/gpu_transfer.py [--gib 2] [--json FILE]``. A block has 2 MiB of KV (an 8B Llama's 16 tokens); its
+bytes lie in runs of the length given, as the engine's memory layout has them. GB/s of the best of a few rounds, from
+submission to the last byte as the host sees it; CPU us a block is what submitting costs the copy thread.
 """
 
 from __future__ import annotations

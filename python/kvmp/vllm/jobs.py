@@ -13,8 +13,9 @@ from kvmp.vllm.metadata import LoadJob, NamespaceRef, Refusal, SessionRef, Store
 
 # What stores may have waiting and under way, at least. Bytes.
 _STORE_BYTES = 1 << 30
-# Of a cache, that much may be on its way: a long prompt's second chunk is put up while its first is being copied.
-_CACHE_SHARE = 4
+# Of a cache, that much may be on its way. With async scheduling the stores of two steps are put up before the forward
+# of the first has ended: of a long prompt those are two whole chunks.
+_CACHE_SHARE = 2
 
 
 def store_limit(cache_bytes: int) -> int:
