@@ -76,7 +76,8 @@ class Flying:
         return req
 
     def look(self):
-        """The copy thread has gone over all that is under way once more; what it had to say of it was taken in."""
+        """The copy thread has heard the scheduler, gone over all that is under way, and its reports were taken in."""
+        self.step()
         works = [*self.gpu.streams[LOAD], *self.gpu.streams[STORE]]
         assert works
         # The first look may be of a turn that began before this call; the second ends that turn.
