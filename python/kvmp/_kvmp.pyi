@@ -72,7 +72,7 @@ class Client:
     def connect(
         endpoint: str = "tcp://localhost:5555",
         *,
-        role: Literal["scheduler", "worker", "tool"] = "scheduler",
+        role: Literal["scheduler", "worker", "reader", "tool"] = "scheduler",
         engine_token: int | None = None,
         part: int | None = None,
         socket_dir: str | PathLike[str] | None = None,
@@ -91,6 +91,8 @@ class Client:
     def server_epoch(self) -> int: ...
     @property
     def server_version(self) -> str: ...
+    @property
+    def features(self) -> list[str]: ...
     @property
     def segment_id(self) -> str: ...
     @property

@@ -32,6 +32,7 @@ pub struct Client {
     part: Option<u16>,
     keys_max: u32,
     server_version: String,
+    features: Vec<String>,
     arena: Arena,
     opened: OpenedNamespaces,
 }
@@ -53,6 +54,7 @@ impl Client {
             part: options.part,
             keys_max: welcome.keys_max.clamp(1, kvmp_core::wire::LOOKUP_MAX),
             server_version: welcome.server_version,
+            features: welcome.features,
             arena: Arena::new(segment, session.table.clone(), options.keep.as_ref()),
             opened: OpenedNamespaces::default(),
             session,
@@ -77,7 +79,7 @@ impl Client {
         self.engine_token
     }
 
-    /// Part this client writes.
+    /// Part this client writes, or loads only if it is a reader.
     #[must_use]
     pub fn part(&self) -> Option<u16> {
         self.part
@@ -93,6 +95,12 @@ impl Client {
     #[must_use]
     pub fn server_version(&self) -> &str {
         &self.server_version
+    }
+
+    /// Optional features of the protocol that server and client both know.
+    #[must_use]
+    pub fn features(&self) -> &[String] {
+        &self.features
     }
 
     /// Which life of a server this session is with.
@@ -135,7 +143,7 @@ impl Client {
         self.name_space(&ClientMessage::Open { spec: spec.clone() }, bound)
     }
 
-    /// Joins a namespace that the scheduler opened (worker): refused unless it has this digest and this part's layout.
+    /// Joins a namespace that the scheduler opened (worker, reader): refused unless it has this digest and this part's layout.
     pub fn join(
         &self,
         namespace: u16,
@@ -233,7 +241,7 @@ impl Client {
         sums: Option<&[PartSum]>,
         bound: &Bound<'_>,
     ) -> Result<u32, ClientError> {
-        let list = PartList { lease, part: self.own_part()?, slots, words, sums };
+        let list = PartList { lease, part: self.written_part()?, slots, words, sums };
         close_parts(&self.session, self.keys_max, Op::Commit, &list, bound)
     }
 
@@ -271,12 +279,27 @@ impl Client {
 
     /// Gives up this client's part of the slots; how many the server took.
     pub fn abort(&self, lease: u64, slots: &[u32], words: &[u64], bound: &Bound<'_>) -> Result<u32, ClientError> {
-        let list = PartList { lease, part: self.own_part()?, slots, words, sums: None };
+        let list = PartList { lease, part: self.written_part()?, slots, words, sums: None };
         close_parts(&self.session, self.keys_max, Op::Abort, &list, bound)
     }
 
     fn own_part(&self) -> Result<u16, ClientError> {
         self.part.ok_or_else(|| input("part", "this client has none: only a worker commits, aborts or copies"))
+    }
+
+    /// Refuses a reader: its part is another's to write.
+    ///
+    /// # Errors
+    /// It is one, or has no part at all.
+    pub fn check_writes(&self) -> Result<(), ClientError> {
+        self.written_part().map(|_| ())
+    }
+
+    fn written_part(&self) -> Result<u16, ClientError> {
+        match (self.role, self.own_part()?) {
+            (Role::Reader, part) => Err(input("part", format!("this client only loads part {part}: it is a reader"))),
+            (_, part) => Ok(part),
+        }
     }
 
     /// Whether each slot still has its leased word; after a load's copy has ended. No message.
@@ -322,7 +345,8 @@ impl Client {
     /// Copies blocks of the engine's memory into this client's part of the slots; returns when all bytes are there.
     ///
     /// # Errors
-    /// As [`Self::parts_at`]; a layout that is not of the part's size; or a copy out of bounds. No byte has moved then.
+    /// As [`Self::parts_at`]; a reader; a layout that is not of the part's size; or a copy out of bounds. No byte has
+    /// moved then.
     ///
     /// # Safety
     /// Until this returns, the memory that `layout` names is mapped and readable and nobody writes the blocks named,
@@ -334,6 +358,7 @@ impl Client {
         blocks: &[u32],
         threads: Option<usize>,
     ) -> Result<(), ClientError> {
+        self.check_writes()?;
         let pairs = at.pairs(layout, blocks)?;
         // SAFETY: the arena is this process's own mapping, apart from the engine's memory, and `parts_at` found the
         // slots' chunks backed; the caller vouches for the rest.

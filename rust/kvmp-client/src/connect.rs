@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use kvmp_core::geometry::Geometry;
 use kvmp_core::ring::Ring;
 use kvmp_core::segment::{Access, Layout, Mapping, SegmentHeader, TableMap, boot_id};
-use kvmp_core::wire::{ClientMessage, Hello, Role, ServerMessage, SocketError, Welcome, peer_uid};
+use kvmp_core::wire::{ClientMessage, FEATURE_READERS, Hello, Role, ServerMessage, SocketError, Welcome, peer_uid};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::control::{Control, ExchangeError, greet};
@@ -22,9 +22,9 @@ use crate::{Bound, ClientError, Endpoint, KeptArena};
 pub struct ConnectOptions {
     /// What this client is.
     pub role: Role,
-    /// Engine to join (workers).
+    /// Engine to join (workers, readers).
     pub engine_token: Option<u64>,
-    /// Part this client writes (workers).
+    /// Part this client writes (workers), or loads only (readers).
     pub part: Option<u16>,
     /// Whether its copies are DMA, which may land after the process is gone.
     pub dma: bool,
@@ -45,14 +45,19 @@ impl ConnectOptions {
 
     fn check(&self) -> Result<(), ClientError> {
         match (self.role, self.engine_token, self.part) {
-            (Role::Worker, None, _) => {
-                Err(crate::error::input("engine_token", "a worker joins its scheduler's engine by this"))
+            (Role::Worker | Role::Reader, None, _) => {
+                Err(crate::error::input("engine_token", "a worker or reader joins its scheduler's engine by this"))
             }
-            (Role::Worker, _, None) => Err(crate::error::input("part", "a worker must say which part it writes")),
-            (Role::Scheduler | Role::Tool, Some(_), _) => {
-                Err(crate::error::input("engine_token", "only workers give one; a scheduler is given a new one"))
+            (Role::Worker | Role::Reader, _, None) => {
+                Err(crate::error::input("part", "a worker must say which part it writes, a reader which it loads"))
             }
-            (Role::Scheduler | Role::Tool, _, Some(_)) => Err(crate::error::input("part", "only workers write a part")),
+            (Role::Scheduler | Role::Tool, Some(_), _) => Err(crate::error::input(
+                "engine_token",
+                "only workers and readers give one; a scheduler is given a new one",
+            )),
+            (Role::Scheduler | Role::Tool, _, Some(_)) => {
+                Err(crate::error::input("part", "only workers and readers have a part"))
+            }
             _ => Ok(()),
         }
     }
@@ -64,7 +69,7 @@ impl ConnectOptions {
             engine_token: self.engine_token,
             part: self.part,
             dma: self.dma,
-            features: Vec::new(),
+            features: vec![FEATURE_READERS.into()],
         })
     }
 }

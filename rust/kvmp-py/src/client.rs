@@ -21,8 +21,11 @@ fn role_of(py: Python<'_>, role: &str) -> PyResult<Role> {
     match role {
         "scheduler" => Ok(Role::Scheduler),
         "worker" => Ok(Role::Worker),
+        "reader" => Ok(Role::Reader),
         "tool" => Ok(Role::Tool),
-        other => Err(invalid(py, "role", format!("{other:?} is none of \"scheduler\", \"worker\", \"tool\""))),
+        other => {
+            Err(invalid(py, "role", format!("{other:?} is none of \"scheduler\", \"worker\", \"reader\", \"tool\"")))
+        }
     }
 }
 
@@ -30,7 +33,8 @@ fn role_of(py: Python<'_>, role: &str) -> PyResult<Role> {
 impl Client {
     /// Connects to a server and returns the client.
     ///
-    /// A scheduler is given a fresh engine token; a worker gives its scheduler's and the index of the part it writes.
+    /// A scheduler is given a fresh engine token; a worker gives its scheduler's and the index of the part it writes, a
+    /// reader that of a part which it only loads.
     /// `socket_dir` is the folder of the server's socket as mapped here (containers). `dma` says that copies may land
     /// after this process is gone. Servers of this uid and root are accepted, and of `allow_uids`. `reuse` is an earlier
     /// client, closed or not: where the segment is the same inode, its mapping of the arena is kept and not made anew.
@@ -54,7 +58,7 @@ impl Client {
         let keep = reuse.and_then(|client| client.inner.keep_arena());
         let options = ConnectOptions { role, engine_token, part, dma, socket_dir, allow_uids, keep };
         let inner = bounded(py, timeout_ms, |bound| kvmp_client::Client::connect(endpoint, &options, bound))?;
-        if role == Role::Worker {
+        if matches!(role, Role::Worker | Role::Reader) {
             inner.prefault().or_raise(py)?;
         }
         Ok(Self { inner })
@@ -72,7 +76,7 @@ impl Client {
         self.inner.engine_token()
     }
 
-    /// Index of the part that this client writes.
+    /// Index of the part that this client writes, or loads only.
     #[getter]
     fn part(&self) -> Option<u16> {
         self.inner.part()
@@ -88,6 +92,12 @@ impl Client {
     #[getter]
     fn server_version(&self) -> &str {
         self.inner.server_version()
+    }
+
+    /// Names of optional features of the protocol that server and client both know.
+    #[getter]
+    fn features(&self) -> Vec<String> {
+        self.inner.features().to_vec()
     }
 
     /// Identity of the segment's inode, hex; equal after a warm restart.

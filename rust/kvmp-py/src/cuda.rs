@@ -175,6 +175,7 @@ impl CudaLanes {
         #[pyo3(from_py_with = optional::<name::ServerEpoch, _>)] server_epoch: Option<u64>,
     ) -> PyResult<Transfer> {
         server_epoch.map_or(Ok(()), |epoch| client.inner.check_epoch(epoch)).or_raise(py)?;
+        client.inner.check_writes().or_raise(py)?;
         self.submit(py, Direction::Store, &Copy { client, namespace, group, block_ids, slots, after, bell })
     }
 

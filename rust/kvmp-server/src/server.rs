@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 
 use kvmp_core::geometry::Geometry;
 use kvmp_core::ids::ChunkId;
+use kvmp_core::wire::Role;
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::builder::ServerBuilder;
@@ -180,8 +181,9 @@ impl Server {
         let plane = PlaneHandle::new(commands, Arc::clone(&bell));
         let (fault, faults) = channel();
         let faults_bell = make_bell()?;
-        // Before recovery: whoever holds an entry now may be storing into what recovery finds Writing.
-        let held_before = holder_locks(&segment)?.held().doing(|| "asking for locks".into())?;
+        // Before recovery: whoever holds an entry now may be storing into what recovery finds Writing, readers excepted.
+        let mut held_before = holder_locks(&segment)?.held().doing(|| "asking for locks".into())?;
+        held_before.retain(|&entry| segment.table.holder(entry).1 != Role::Reader as u64);
         let faults_to = Faults::new(fault, Arc::clone(&faults_bell));
         let (data_plane, cold) = make_plane(&config, &segment, held_before.clone(), receiver, bell, faults_to)?;
         let stop = Arc::new(Stop { flag: AtomicBool::new(false), bell: make_bell()? });

@@ -14,6 +14,8 @@ pub const PROTOCOL_MAX: u16 = 1;
 pub const FRAME_BYTES: usize = 64;
 /// Longest body in bytes: a spec at its longest, escaped, with room to spare.
 pub const MAX_BODY: usize = 96 << 10;
+/// Feature of a server that lets readers in ([`Role::Reader`]); one without it refuses their hello.
+pub const FEATURE_READERS: &str = "readers";
 const MAGIC: [u8; 8] = *b"KVMPHELO";
 
 /// Front of every message.
@@ -119,6 +121,8 @@ pub enum Role {
     Worker,
     /// A command line or a monitor: asks, holds nothing.
     Tool,
+    /// An engine's worker whose part another one writes: it only loads it.
+    Reader,
 }
 
 /// First message of a session.
@@ -128,10 +132,10 @@ pub struct Hello {
     pub role: Role,
     /// Its process id, for messages only (the kernel's credentials are what counts).
     pub pid: u32,
-    /// Engine to join (workers).
+    /// Engine to join (workers, readers).
     #[serde(default)]
     pub engine_token: Option<u64>,
-    /// Part it writes (workers).
+    /// Part it writes (workers), or loads only (readers).
     #[serde(default)]
     pub part: Option<u16>,
     /// Whether its copies are DMA (their last byte may land after the process is gone).

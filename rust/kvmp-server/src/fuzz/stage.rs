@@ -184,7 +184,7 @@ impl Stage {
         let (holder, lock) = self.holders.take(|| self.segment.reopen(false)).unwrap().unwrap();
         self.sessions += 1;
         let session = SessionId(self.sessions);
-        let own = (role == Role::Worker).then_some(part);
+        let own = matches!(role, Role::Worker | Role::Reader).then_some(part);
         let engine_token = own.map(|_| self.actors[0].token.0);
         let hello = Hello { role, pid: 1, engine_token, part: own, dma: false, features: vec![] };
         let doorbell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
@@ -203,7 +203,7 @@ impl Stage {
                 let spec = Box::new(spec);
                 self.ask(|reply| Command::Open { session, spec, reply }).unwrap().namespace
             }
-            Role::Worker => {
+            Role::Worker | Role::Reader => {
                 let digest = crate::plane::hex(&spec.digest());
                 let layout = spec.parts[usize::from(part.unwrap())].layout.clone();
                 let namespace = u16::from(spec.model == "two");

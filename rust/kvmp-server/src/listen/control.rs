@@ -13,8 +13,8 @@ use kvmp_core::ids::EngineToken;
 use kvmp_core::ring::Ring;
 use kvmp_core::segment::{Access, Mapping};
 use kvmp_core::wire::{
-    ClientMessage, Geometries, Hello, LOOKUP_MAX, Refusal, Role, ServerMessage, SocketError, Welcome, peer_uid,
-    receive, send,
+    ClientMessage, FEATURE_READERS, Geometries, Hello, LOOKUP_MAX, Refusal, Role, ServerMessage, SocketError, Welcome,
+    peer_uid, receive, send,
 };
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -26,6 +26,8 @@ use crate::error::ServerError;
 use crate::plane::{Attach, Command, PlaneHandle, Refused, SessionId, refused};
 use crate::segment::{HolderLocks, SegmentFile};
 
+/// Optional features of this server.
+const FEATURES: [&str; 1] = [FEATURE_READERS];
 /// Between two tries to accept while the system has no descriptors left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Connections accepted before the others have their turn.
@@ -293,7 +295,7 @@ impl Control {
         if let Some(connection) = self.connections.get_mut(&id) {
             connection.session = Some(session);
         }
-        let welcome = ServerMessage::Welcome(self.welcome_message(session, token)?);
+        let welcome = ServerMessage::Welcome(self.welcome_message(session, token, hello)?);
         if let Some(connection) = self.connections.get(&id) {
             let fds: [BorrowedFd<'_>; 4] =
                 [files.segment.as_fd(), files.ring.as_fd(), files.doorbell.as_fd(), holder_fd.as_fd()];
@@ -310,13 +312,14 @@ impl Control {
         let role = match hello.role {
             Role::Scheduler => format!("scheduler of engine {:016x}", token.0),
             Role::Worker => format!("worker {} of engine {:016x}", hello.part.unwrap_or(0), token.0),
+            Role::Reader => format!("reader of part {} of engine {:016x}", hello.part.unwrap_or(0), token.0),
             Role::Tool => "tool".into(),
         };
         tracing::debug!("session {id}: pid {}, {role}", hello.pid);
         Ok(())
     }
 
-    fn welcome_message(&self, session: SessionId, token: EngineToken) -> Result<Welcome, Refused> {
+    fn welcome_message(&self, session: SessionId, token: EngineToken, hello: &Hello) -> Result<Welcome, Refused> {
         let table = &self.start.segment.table;
         let header = table.header().ok_or_else(|| refused(Refusal::Protocol, "the segment's header is unreadable"))?;
         let geometry = table.layout().geometry;
@@ -328,7 +331,7 @@ impl Control {
             segment_id: kvmp_core::segment::SegmentId(header.segment_id).to_string(),
             geometry: Geometries { chunk_bytes: geometry.chunk_bytes, chunks: geometry.chunks },
             keys_max: LOOKUP_MAX,
-            features: Vec::new(),
+            features: hello.features.iter().filter(|name| FEATURES.contains(&name.as_str())).cloned().collect(),
         })
     }
 

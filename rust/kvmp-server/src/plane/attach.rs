@@ -16,6 +16,11 @@ use super::session::Session;
 /// Namespaces that one session may have open: adapters and resets each take one.
 const SESSION_NAMESPACES: usize = NAMESPACES as usize / 4;
 
+fn joined(token: EngineToken, joined: Result<(), &'static str>) -> Result<EngineToken, Refused> {
+    let say = |why| refused(Refusal::Engine, format!("engine {:016x} cannot be joined: {why}", token.0));
+    joined.map(|()| token).map_err(say)
+}
+
 impl Plane {
     fn mint(&mut self) -> EngineToken {
         // Weyl sequence from a random start: no token comes twice, and none of an earlier epoch's is likely.
@@ -33,11 +38,15 @@ impl Plane {
             }
             (Role::Worker, Some(token), Some(part)) => {
                 let token = EngineToken(token);
-                let joined = self.engines.join(token, PartId(part), holder, hello.dma);
-                let say = |why| refused(Refusal::Engine, format!("engine {:016x} cannot be joined: {why}", token.0));
-                joined.map(|()| token).map_err(say)
+                joined(token, self.engines.join(token, PartId(part), holder, hello.dma))
             }
-            (Role::Worker, ..) => Err(refused(Refusal::Protocol, "a worker's hello needs engine_token and part")),
+            (Role::Reader, Some(token), Some(_)) => {
+                let token = EngineToken(token);
+                joined(token, self.engines.may_read(token))
+            }
+            (Role::Worker | Role::Reader, ..) => {
+                Err(refused(Refusal::Protocol, "a worker's or reader's hello needs engine_token and part"))
+            }
         }
     }
 
@@ -150,7 +159,7 @@ impl Plane {
             .sessions
             .get(&session)
             .and_then(|s| s.part)
-            .ok_or_else(|| no("only a worker joins a namespace".into()))?;
+            .ok_or_else(|| no("only a worker or reader joins a namespace".into()))?;
         let spec = self.namespaces.spec(id).ok_or_else(|| no(format!("there is no namespace {}", id.0)))?;
         if self.namespaces.digest(id).as_deref() != Some(digest) {
             return Err(no(format!(

@@ -2,6 +2,7 @@
 //!
 //! `joined -> session ended -> holder entry free -> grace passed -> its parts are closed`. A part that no worker has
 //! joined for is closed by the scheduler's entry, and from then on joins under that token are refused.
+//! Readers of a part write nothing, so nothing here waits for them: they are not even kept.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -94,6 +95,15 @@ impl Engines {
         let (role, part) = (Role::Worker, Some(part));
         engine.writers.push(Writer { holder, role, part, dma, ended: false, free_since: None });
         Ok(())
+    }
+
+    /// Whether somebody may join who only loads. Also a part whose writer is gone: what was committed stays whole.
+    pub fn may_read(&self, token: EngineToken) -> Result<(), &'static str> {
+        match self.all.get(&token) {
+            None => Err("this server does not know it"),
+            Some(engine) if engine.closed => Err("its scheduler has gone"),
+            Some(_) => Ok(()),
+        }
     }
 
     /// A part of a writer that is gone had blocks open, which are closed now: nobody may join for it any more.
@@ -229,6 +239,22 @@ mod tests {
         engines.add(E, 0, false);
         engines.join(E, P, 1, false).unwrap();
         assert!(engines.join(E, P, 2, false).is_err());
+    }
+
+    #[test]
+    fn a_reader_is_no_writer_and_needs_none() {
+        let mut engines = Engines::default();
+        assert!(engines.may_read(E).is_err());
+        engines.add(E, 0, false);
+        engines.may_read(E).unwrap();
+        assert!(!engines.has_joined(E, P));
+        engines.join(E, P, 1, false).unwrap();
+        engines.ended(E, 1);
+        assert_eq!(engines.settle(Instant::now(), |_| true), [Gone::Part(E, P)]);
+        engines.bar(E, P);
+        engines.may_read(E).unwrap();
+        engines.ended(E, 0);
+        assert!(engines.may_read(E).unwrap_err().contains("scheduler has gone"));
     }
 
     #[test]

@@ -279,9 +279,10 @@ impl Plane {
 fn allowed(session: &Session, op: Op) -> bool {
     match op {
         Op::Ping | Op::Stats => true,
-        Op::Clear => session.role != Role::Worker,
+        Op::Clear => matches!(session.role, Role::Scheduler | Role::Tool),
         Op::Lookup | Op::Reserve | Op::Cancel | Op::Release | Op::Fetch => session.role == Role::Scheduler,
-        Op::Commit | Op::Abort | Op::Distrust => session.role == Role::Worker,
+        Op::Commit | Op::Abort => session.role == Role::Worker,
+        Op::Distrust => matches!(session.role, Role::Worker | Role::Reader),
     }
 }
 
