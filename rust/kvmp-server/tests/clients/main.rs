@@ -15,6 +15,7 @@ mod minute;
 mod namespaces;
 mod puppet;
 mod raw;
+mod readers;
 mod scarce;
 mod serve;
 #[allow(dead_code, reason = "each test binary uses its share of `support`")]

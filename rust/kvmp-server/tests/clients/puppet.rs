@@ -25,6 +25,8 @@ pub struct Part {
     pub parts: Vec<u64>,
     /// A worker's engine and part; a scheduler has none.
     pub worker: Option<(u64, u16)>,
+    /// A worker that only loads its part.
+    pub reads: bool,
 }
 
 /// Slots of a chain's blocks: (index of the block, slot, word).
@@ -58,6 +60,8 @@ pub enum Ask {
     Write(Grant),
     Commit(Grant),
     Abort(Grant),
+    /// Worker: how many of these blocks have the right bytes, and had their words until they were read.
+    Read(Grant),
     /// Worker: a copy that goes on and on, of bytes that are nobody's, until `Calm`.
     Storm(Grant),
     Calm,
@@ -91,11 +95,19 @@ const PART: &str = "KVMP_TEST_PUPPET";
 
 impl Puppet {
     pub fn scheduler(endpoint: &str, parts: &[u64]) -> Self {
-        Self::spawn(&Part { endpoint: endpoint.into(), parts: parts.to_vec(), worker: None })
+        Self::spawn(&Part { endpoint: endpoint.into(), parts: parts.to_vec(), worker: None, reads: false })
     }
 
     pub fn worker(endpoint: &str, parts: &[u64], token: u64, part: u16) -> Self {
-        Self::spawn(&Part { endpoint: endpoint.into(), parts: parts.to_vec(), worker: Some((token, part)) })
+        Self::joined(endpoint, parts, (token, part), false)
+    }
+
+    pub fn reader(endpoint: &str, parts: &[u64], token: u64, part: u16) -> Self {
+        Self::joined(endpoint, parts, (token, part), true)
+    }
+
+    fn joined(endpoint: &str, parts: &[u64], worker: (u64, u16), reads: bool) -> Self {
+        Self::spawn(&Part { endpoint: endpoint.into(), parts: parts.to_vec(), worker: Some(worker), reads })
     }
 
     fn spawn(part: &Part) -> Self {
@@ -208,8 +220,9 @@ impl Actor {
         let spec = spec("m", &part.parts);
         let options = match part.worker {
             None => ConnectOptions::new(Role::Scheduler),
-            Some((token, part)) => {
-                ConnectOptions { engine_token: Some(token), part: Some(part), ..ConnectOptions::new(Role::Worker) }
+            Some((token, own)) => {
+                let role = if part.reads { Role::Reader } else { Role::Worker };
+                ConnectOptions { engine_token: Some(token), part: Some(own), ..ConnectOptions::new(role) }
             }
         };
         let client = connect(&part.endpoint, &options);
@@ -239,6 +252,7 @@ impl Actor {
                 let (slots, words) = slots_and_words(&grant);
                 u64::from(self.client.abort(grant.lease, &slots, &words, &patience())?)
             }
+            Ask::Read(grant) => self.read(&grant)?,
             Ask::Storm(grant) => self.storm(&grant)?,
             Ask::Calm => self.calm(),
             Ask::Close => {
@@ -277,6 +291,19 @@ impl Actor {
             places.arena.write(*offset, &vec![fill(&hashes[*index], part); places.bytes as usize]);
         }
         Ok(places.offsets.len() as u64)
+    }
+
+    fn read(&self, grant: &Grant) -> Done<u64> {
+        let (places, part) = (self.places(grant)?, self.client.part().unwrap());
+        let (hashes, mut right) = (chain(grant.seed, 256), Vec::new());
+        for ((index, ..), offset) in grant.slots.iter().zip(&places.offsets) {
+            let mut bytes = vec![0; places.bytes as usize];
+            places.arena.read(*offset, &mut bytes);
+            right.push(bytes.iter().all(|&byte| byte == fill(&hashes[*index], part)));
+        }
+        let (slots, words) = slots_and_words(grant);
+        let whole = self.client.check(&slots, &words)?;
+        Ok(right.into_iter().zip(whole).filter(|both| *both == (true, true)).count() as u64)
     }
 
     fn storm(&mut self, grant: &Grant) -> Done<u64> {
