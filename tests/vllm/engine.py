@@ -11,6 +11,7 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from kvmp.vllm import compat, connector
+from kvmp.vllm.metadata import StepMeta
 
 WATCHDOG_S = 10.0
 PROMPT = list(range(18))  # four full blocks and a half
@@ -35,7 +36,7 @@ def results_of(worker):
 
 
 class Engine:
-    """`ranks` workers with tensors of their own."""
+    """`ranks` workers with tensors of their own, of a model with so many KV heads (None: nobody knows)."""
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class Engine:
         monkeypatch,
         *,
         ranks=1,
+        heads=None,
         extra=None,
         num_blocks=100,
         attach=True,
@@ -55,6 +57,8 @@ class Engine:
         monkeypatch.setattr("kvmp.vllm.connecting.client_connect", server.connect)
         monkeypatch.setattr(compat, "kernel_packing", lambda config, spec: "test")
         self.config = fakes.engine_config(str(folder), tp=ranks, extra=extra, role=role)
+        if heads is not None:
+            self.config.model_config.get_total_num_kv_heads = lambda: heads
         cache = fakes.cache_config(num_blocks)
         self.tensors, self.workers = [], []
         for rank in range(ranks):
@@ -69,6 +73,9 @@ class Engine:
         self.scheduler.bind_gpu_block_pool(self.pool)
         parts = {(0, rank): worker.get_handshake_metadata() for rank, worker in enumerate(self.workers)}
         self.scheduler.set_xfer_handshake_metadata_pp_aware(pickle.loads(pickle.dumps(parts)))
+        for worker in self.workers:
+            # The first step says so; tests look at workers before there is one.
+            worker._worker.bind(StepMeta(shares=self.side._shares))
         self.recv, self.failed, self.tables = {}, set(), {}
         if attach:
             until(self.attached, "attached")

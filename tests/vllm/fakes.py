@@ -36,6 +36,7 @@ class FakeServer:
         self.late = set()  # verbs that miss their bound
         self.busy = set()  # verbs for which there is no room
         self.closed_parts = set()  # (engine token, part) that nobody may join for any more
+        self.features = ["readers"]
         self.refused_adapters = 0  # namespaces of adapters refused
         self.refuse_adapters = False
         self.unknown_leases = set()
@@ -54,7 +55,7 @@ class FakeServer:
         if role == "worker" and (engine_token, part) in self.closed_parts:
             raise ConnectError(f"{endpoint} refused: engine {engine_token:016x} cannot be joined: its part was closed")
         self.reused.append(reuse)
-        return FakeClient(self, engine_token if role == "worker" else next(self.tokens), part)
+        return FakeClient(self, engine_token or next(self.tokens), part, role)
 
     def grant(self, digest: str, key: bytes) -> tuple[int, int]:
         slot, self.next_slot = self.next_slot, self.next_slot + 1
@@ -64,8 +65,9 @@ class FakeServer:
 
 
 class FakeClient:
-    def __init__(self, server: FakeServer, token: int, part):
-        self.server, self.engine_token, self.part = server, token, part
+    def __init__(self, server: FakeServer, token: int, part, role):
+        self.server, self.engine_token, self.part, self.role = server, token, part, role
+        self.features, self.server_version = server.features, "0.0.1"
         self.server_epoch, self.segment_id = server.epoch, server.segment
         self.endpoint, self.closed, self.waited_us = "unix:/fake", False, 0
         self.missed = False
@@ -131,6 +133,7 @@ class FakeClient:
 
     def commit(self, lease_id, slots, words, sums=None, timeout_ms=100):
         self._answer("commit")
+        assert self.role == "worker"
         for slot in slots.tolist():
             digest, key, parts = self.server.writing[slot]
             parts.add(self.part)
@@ -156,6 +159,7 @@ class FakeClient:
 
     def abort(self, lease_id, slots, words, timeout_ms=100):
         self._answer("abort")
+        assert self.role == "worker"
         if lease_id in self.server.unknown_leases:
             raise LeaseError("no such lease")
         self.server.aborted += len(slots)
@@ -271,6 +275,7 @@ class FakePaged:
         return FakeCopy(self.load(client, ns, block_ids, slots, words))
 
     def store(self, client, ns, block_ids, slots):
+        assert client.role == "worker"
         for block, slot in zip(block_ids.tolist(), slots.tolist(), strict=True):
             rows = [t[block].clone() for t in self.tensors.values()]
             client.server.arena[slot, client.part] = rows

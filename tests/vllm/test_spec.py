@@ -81,10 +81,10 @@ def test_parts_must_be_complete_and_in_place(model):
     with pytest.raises(spec.SpecRefusedError, match="2 workers"):
         spec.ordered_parts({}, config)
     # A worker that failed while it described itself gives none.
-    with pytest.raises(spec.SpecRefusedError, match=r"log of the worker at part 1 has the cause"):
+    with pytest.raises(spec.SpecRefusedError, match=r"log of the worker of rank 1 has the cause"):
         spec.ordered_parts({(0, 0): PartMeta(0, 64), (0, 1): None}, config)
     swapped = {(0, 0): PartMeta(1, 64), (0, 1): PartMeta(0, 64)}
-    with pytest.raises(spec.SpecRefusedError, match="says it is part 1"):
+    with pytest.raises(spec.SpecRefusedError, match="says it is rank 1"):
         spec.ordered_parts(swapped, config)
     with pytest.raises(spec.SpecRefusedError, match="no CUDA yet"):
         spec.ordered_parts({(0, 0): PartMeta(0, off="no CUDA yet"), (0, 1): PartMeta(1, 64)}, config)
@@ -94,7 +94,7 @@ def test_pipeline_stages_are_ordered_before_tensor_ranks(model):
     config = fakes.engine_config(str(model), tp=2)
     config.parallel_config.pipeline_parallel_size = 2
     given = {(pp, tp): PartMeta(pp * 2 + tp, 64) for pp in (1, 0) for tp in (1, 0)}
-    assert [part.part for part in spec.ordered_parts(given, config)] == [0, 1, 2, 3]
+    assert [part.rank for part in spec.ordered_parts(given, config)] == [0, 1, 2, 3]
 
 
 def test_run_time_scales_are_refused(model):

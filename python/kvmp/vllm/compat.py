@@ -18,6 +18,17 @@ VERSION = version.number() or version.WRITTEN_FOR[0]
 # 0.30+ reports a failed load by request; 0.29 knows failed blocks only.
 TransferResults = getattr(base, "KVConnectorTransferResults", None)
 
+# How models' configurations name their number of KV heads, or what it follows from.
+_KV_HEADS = (
+    "key_value_heads",
+    "kv_heads",
+    "kv_n_heads",
+    "head_kv",
+    "heads_in_group",
+    "query_group_num",
+    "attention_groups",
+)
+
 # Exact types: a subclass may keep its blocks by another rule than "every block of the prefix".
 _KNOWN_LAYER_SPECS = (kv_cache_interface.FullAttentionSpec, kv_cache_interface.MLAAttentionSpec)
 
@@ -113,6 +124,76 @@ def rank_in_engine() -> tuple[int, int]:
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
     return get_pp_group().rank_in_group, get_tp_group().rank_in_group
+
+
+def equal_tp_ranks(vllm_config: Any, kv_cache_config: Any) -> int:
+    """How many consecutive TP ranks hold the same KV in every layer of theirs; 1 where none do, or nobody knows.
+
+    From 0.31 on vLLM says so of caches whose specs name their shards (`_layer_tp_replicas` in core/kv_cache_utils.py):
+    MLA's, which every rank computes whole. The other rules are for what it says nothing of.
+    """
+    parallel = vllm_config.parallel_config
+    width, specs = parallel.tensor_parallel_size, _all_layer_specs(kv_cache_config)
+    if width == 1 or not specs or getattr(parallel, "decode_context_parallel_size", 1) > 1:
+        return 1
+    said = getattr(kv_cache_config, "kv_tp_replicas", 1)
+    if said > 1:
+        return said if width % said == 0 else 1
+    kinds = {type(spec) for spec in specs}
+    if kinds == {kv_cache_interface.MLAAttentionSpec}:
+        return _equal_mla_ranks(vllm_config, specs, width)
+    if kinds == {kv_cache_interface.FullAttentionSpec}:
+        return _ranks_a_head(vllm_config, specs, width)
+    return 1
+
+
+def _all_layer_specs(kv_cache_config: Any) -> list[Any]:
+    return [spec for group in kv_cache_config.kv_cache_groups for spec in layer_specs(group.kv_cache_spec)]
+
+
+def _equal_mla_ranks(vllm_config: Any, specs: list[Any], width: int) -> int:
+    # Where specs can name their shards, one that does not is of a layer that is not known to be replicated.
+    told = any(_names_shards(spec) for spec in specs)
+    return 1 if told or not getattr(vllm_config.model_config, "use_mla", False) else width
+
+
+def _names_shards(spec: Any) -> bool:
+    return hasattr(spec, "max_tp_shards")
+
+
+def _ranks_a_head(vllm_config: Any, specs: list[Any], width: int) -> int:
+    """Rank r has KV head r // (width / heads) where there are fewer heads than ranks.
+
+    So `QKVParallelLinear` loads its weights (model_executor/layers/linear.py: `num_kv_head_replicas`, `shard_rank`).
+    Only where all layers have the model's number of heads: those of a draft model may have another.
+    """
+    heads = _kv_heads(vllm_config.model_config)
+    one_each = all(spec.num_kv_heads == 1 for spec in specs)
+    if getattr(vllm_config, "speculative_config", None) is not None or not one_each or heads < 1 or width % heads:
+        return 1
+    return width // heads
+
+
+def _kv_heads(model_config: Any) -> int:
+    """KV heads of every layer before they are divided over ranks; 0 where layers differ, or it is not known."""
+    total = getattr(model_config, "get_total_num_kv_heads", None)
+    architecture = getattr(model_config, "model_arch_config", None)
+    if total is None or getattr(architecture, "per_layer_overrides", None):
+        return 0
+    heads = total()
+    text_config = getattr(model_config, "hf_text_config", None)
+    named = set(_head_counts(text_config.to_dict())) if text_config is not None else set()
+    return heads if isinstance(heads, int) and named <= {heads} else 0
+
+
+def _head_counts(config: Any) -> Iterable[int]:
+    """Every number of KV heads that a model's configuration names: some have one for each kind of layer."""
+    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    for key, value in items:
+        if any(word in str(key) for word in _KV_HEADS) and value is not None:
+            yield from [value] if isinstance(value, int) else [-1]
+        else:
+            yield from _head_counts(value)
 
 
 def hash_seed_fact(algorithm: str) -> str:

@@ -49,17 +49,20 @@ class Membership:
         layout_json: str,
         socket_dir: str | None,
         *,
+        writes: bool = True,
         dma: bool = False,
         connect: Callable[..., Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         """
         Args:
-            part: index of the part that this worker writes.
+            part: index of the part that this worker has.
+            writes: whether it stores it. Of ranks of equal KV one does; the server waits for none of the others.
             dma: whether copies may land after this process is gone; the server then waits a grace before it grants
                 their slots anew.
         """
         self._part = part
+        self._role = "worker" if writes else "reader"
         self._layout_json = layout_json
         self._socket_dir = socket_dir
         self._dma = dma
@@ -170,7 +173,7 @@ class Membership:
         try:
             return self._connect(
                 session.endpoint,
-                role="worker",
+                role=self._role,
                 engine_token=session.engine_token,
                 part=self._part,
                 socket_dir=self._socket_dir,

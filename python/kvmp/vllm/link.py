@@ -83,12 +83,14 @@ class Link:
         make_spec: Callable[[], NamespaceSpec],
         logger: logging.Logger,
         *,
+        readers: bool = False,
         connect: Callable[..., Any] | None = None,
         switch_off: Callable[[str], None],
     ):
         """
         Args:
             make_spec: builds the namespace spec of plain requests; called once, in the background.
+            readers: whether some ranks join as readers, of a part that another rank writes.
             connect: `kvmp.Client.connect`, or what stands in for it.
             switch_off: called with the reason when this engine can never be served.
         """
@@ -96,6 +98,7 @@ class Link:
         self._make_spec = make_spec
         self._spec: NamespaceSpec | None = None
         self._logger = logger
+        self._readers = readers
         self._connect = connect or connecting.client_connect
         self._switch_off = switch_off
         self._spawner = Spawner(options, logger)
@@ -218,6 +221,7 @@ class Link:
         if self._spec is None:
             self._spec = self._make_spec()
         client = self._reach()
+        self._check_readers(client)
         ref = SessionRef(client.endpoint, client.engine_token, client.server_epoch, client.segment_id)
         with self._lock:
             self._session = Session(client, ref)
@@ -227,6 +231,16 @@ class Link:
         self._open_one(self._session, self._spec, None)
         self._up, self._warned = True, False
         self._logger.info("kvmp: attached to %s", ref.endpoint)
+
+    def _check_readers(self, client: Any) -> None:
+        """Where readers are refused, every load would fail on their ranks."""
+        if not self._readers or "readers" in client.features:
+            return
+        client.close()
+        raise errors.ConnectError(
+            f"{client.endpoint} is a server of kvmp {client.server_version}, which lets no ranks of equal KV share a "
+            "part; start one of this version (kvmp serve --upgrade)"
+        )
 
     def _reach(self) -> Any:
         try:

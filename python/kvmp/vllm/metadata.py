@@ -47,6 +47,19 @@ class NamespaceRef:
     digest: str
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one rank has of every slot.
+
+    Attributes:
+        part: index of its part; ranks whose KV is equal have the same.
+        writes: whether it is the one of them that stores the part. The others only load it.
+    """
+
+    part: int
+    writes: bool = True
+
+
 @dataclass(frozen=True, eq=False)
 class LoadJob:
     """Blocks of one request to copy from slots into the engine's cache.
@@ -73,9 +86,9 @@ class StoreJob:
     """Engine blocks to copy into granted slots.
 
     Attributes:
-        job_id: counts up in one engine; each rank reports it once, with its part.
+        job_id: counts up in one engine; each rank that writes a part reports it once, with its part.
         lease_id: the write lease.
-        block_ids: engine blocks, int64 ``(n,)``, pinned by the scheduler side until every rank has reported.
+        block_ids: engine blocks, int64 ``(n,)``, pinned by the scheduler side until every part is reported.
         slots: slots, uint32 ``(n,)``.
         words: their words as granted, uint64 ``(n,)``.
         session: session the lease was granted in.
@@ -103,6 +116,8 @@ class StepMeta(KVConnectorMetadata):
         stores: stores handed over in this step.
         void_below: stores with a smaller job id are to be aborted, even when their copy has ended.
         cancelled_loads: loads that nobody wants any more: still reported, copied no further.
+        shares: the ranks' shares, by pipeline rank x tensor-parallel size + tensor-parallel rank. They come from the
+            scheduler side, which alone sees what every rank has.
     """
 
     session: SessionRef | None = None
@@ -111,6 +126,7 @@ class StepMeta(KVConnectorMetadata):
     stores: tuple[StoreJob, ...] = ()
     void_below: int = 0
     cancelled_loads: frozenset[str] = frozenset()
+    shares: tuple[Share, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,15 +176,17 @@ class PartMeta(KVConnectorHandshakeMetadata):
     """What one worker says of its part when it starts.
 
     Attributes:
-        part: index of the part: pipeline rank x tensor-parallel size + tensor-parallel rank.
+        rank: pipeline rank x tensor-parallel size + tensor-parallel rank.
         block_bytes: bytes of one block over all of this rank's layers.
         layout_json: digest of the part's canonical layout as a JSON object; the worker joins with this very text.
         facts_json: facts only a worker knows that hold for the whole engine, JSON with sorted keys.
         off: why this worker cannot take part, empty when it can.
+        equal_ranks: how many consecutive tensor-parallel ranks, from a multiple of this number on, hold its very KV.
     """
 
-    part: int
+    rank: int
     block_bytes: int = 0
     layout_json: str = "{}"
     facts_json: str = "{}"
     off: str = ""
+    equal_ranks: int = 1

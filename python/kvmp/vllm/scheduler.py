@@ -11,8 +11,9 @@ from kvmp.vllm import compat
 from kvmp.vllm.link import Adapter, Link
 from kvmp.vllm.loads import Loads
 from kvmp.vllm.lookups import Lookups
-from kvmp.vllm.metadata import PartMeta, StepMeta, WorkerReport
+from kvmp.vllm.metadata import PartMeta, Share, StepMeta, WorkerReport
 from kvmp.vllm.request_state import RequestState
+from kvmp.vllm.shares import share_parts
 from kvmp.vllm.spec import SpecRefusedError, build_spec, ordered_parts
 from kvmp.vllm.stats import KvmpStats
 from kvmp.vllm.stores import Stores
@@ -32,6 +33,7 @@ class SchedulerSide:
         self._pool: Any = None
         self._block_tokens = 0
         self._requests: dict[str, RequestState] = {}
+        self._shares: tuple[Share, ...] = ()
         self._link: Link | None = None
         self._lookups: Lookups | None = None
         self._stores: Stores | None = None
@@ -67,18 +69,27 @@ class SchedulerSide:
         except SpecRefusedError as refused:
             self.switch_off(str(refused))
             return
+        self._shares = share_parts(ordered, self._vllm_config.parallel_config.tensor_parallel_size)
+        written = tuple(rank for rank, share in zip(ordered, self._shares, strict=True) if share.writes)
         self._link = Link(
             self._options,
-            lambda: build_spec(self._vllm_config, self._block_tokens, ordered, verify=self._options.verify == "always"),
+            lambda: build_spec(self._vllm_config, self._block_tokens, written, verify=self._options.verify == "always"),
             self._logger,
+            readers=len(written) < len(ordered),
             connect=connect,
             switch_off=self.switch_off,
         )
+        self._say_shared(len(written))
         self._lookups = Lookups(self._link, self._options, self._block_tokens, self._stats)
-        self._stores = Stores(self._link, self._options, self._stats, self._logger, len(ordered))
+        self._stores = Stores(self._link, self._options, self._stats, self._logger, len(written))
         if self._pool is not None:
             self._stores.pins.bind(self._pool)
         self._link.start()
+
+    def _say_shared(self, parts: int) -> None:
+        ranks = len(self._shares)
+        if parts < ranks:
+            self._logger.info("kvmp: %d ranks share %d parts of a block: their KV is equal", ranks, parts)
 
     def bind_pool(self, pool: Any) -> None:
         """Uses the engine's block pool to pin what is being stored."""
@@ -179,6 +190,7 @@ class SchedulerSide:
             stores=self._stores.take_granted() if self._stores is not None else (),
             void_below=self._stores.void_below if self._stores is not None else 0,
             cancelled_loads=self._loads.take_cancelled(),
+            shares=self._shares,
         )
 
     def _put_up_filled(self, scheduler_output: Any) -> None:

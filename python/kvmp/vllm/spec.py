@@ -129,7 +129,7 @@ def engine_facts(vllm_config: Any, block_tokens: int, *, verify: bool = False) -
 
 
 def ordered_parts(parts: Mapping[tuple[int, int], PartMeta], vllm_config: Any) -> tuple[PartMeta, ...]:
-    """The workers' parts by index, each there exactly once.
+    """What the workers gave, by rank, each there exactly once.
 
     Args:
         parts: what the workers gave, by (pipeline rank, tensor-parallel rank).
@@ -144,14 +144,14 @@ def ordered_parts(parts: Mapping[tuple[int, int], PartMeta], vllm_config: Any) -
     if sorted(by_index) != list(range(expected)):
         missing = sorted(set(range(expected)) - set(by_index))
         raise SpecRefusedError(
-            f"{expected} workers, but layouts of the parts {sorted(by_index)} only; the log of the worker at part "
+            f"{expected} workers, but layouts of the ranks {sorted(by_index)} only; the log of the worker of rank "
             f"{', '.join(map(str, missing)) or 'out of range'} has the cause"
         )
     for index, meta in by_index.items():
         if meta.off:
             raise SpecRefusedError(meta.off)
-        if meta.part != index:
-            raise SpecRefusedError(f"the worker at part {index} says it is part {meta.part}")
+        if meta.rank != index:
+            raise SpecRefusedError(f"the worker of rank {index} says it is rank {meta.rank}")
     return tuple(by_index[index] for index in range(expected))
 
 
@@ -162,7 +162,7 @@ def build_spec(
 
     Args:
         block_tokens: tokens of one block, which is also what one block hash covers.
-        parts: the workers' parts, by index.
+        parts: the parts as their writers gave them, by index.
         verify: as in `engine_facts`.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Stores: blocks are put up as they fill, granted slots, copied by every rank, and pinned on the engine all that time.
+"""Stores: blocks are put up as they fill, granted slots, copied part by part, and pinned on the engine all that time.
 
-put up{pinned} -> reserved -> granted: handed to the workers -> every rank reported -> unpinned
+put up{pinned} -> reserved -> granted: handed to the workers -> every part reported -> unpinned
                            -> not granted, or given up after the bound: unpinned
 """
 
@@ -62,7 +62,7 @@ class Stores:
     ):
         """
         Args:
-            parts: ranks that report each store.
+            parts: parts of a slot, each of which one rank stores and reports.
         """
         self.pins = Pins()
         self._link = link

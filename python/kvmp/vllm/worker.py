@@ -12,7 +12,7 @@ from kvmp.vllm import compat
 from kvmp.vllm.copier import Copier
 from kvmp.vllm.jobs import Ended
 from kvmp.vllm.joined import Membership
-from kvmp.vllm.metadata import LoadJob, PartMeta, StepMeta, StoreJob, WorkerReport
+from kvmp.vllm.metadata import LoadJob, PartMeta, Share, StepMeta, StoreJob, WorkerReport
 from kvmp.vllm.spec import canonical, layout_digest
 from kvmp.vllm.stats import KvmpStats
 
@@ -30,7 +30,8 @@ class WorkerSide:
         self._stats = stats
         self._off = compat.unsupported_cache(kv_cache_config) or ""
         self._paged: Any = None
-        self._part = 0
+        self._rank = 0
+        self._share: Share | None = None
         self._layout_json = "{}"
         self._copier: Copier | None = None
         self._connect: Any = None
@@ -57,20 +58,20 @@ class WorkerSide:
         from kvmp.paged import PagedKV
 
         pp_rank, tp_rank = compat.rank_in_engine()
-        self._part = pp_rank * self._vllm_config.parallel_config.tensor_parallel_size + tp_rank
+        self._rank = pp_rank * self._vllm_config.parallel_config.tensor_parallel_size + tp_rank
         self._paged = PagedKV(kv_caches, num_blocks=self._kv_cache_config.num_blocks)
         layout = canonical({**self._paged.layout(), "layers": self._layer_facts()})
         # A large model's layout would overflow the namespace's entry in the segment: its digest stands there.
         self._layout_json = canonical(layout_digest(layout))
-        self._logger.debug("kvmp: layout of part %d, of digest %s: %s", self._part, self._layout_json, layout)
+        self._logger.debug("kvmp: layout of rank %d, of digest %s: %s", self._rank, self._layout_json, layout)
         self._say_how_bytes_move()
 
     def _say_how_bytes_move(self) -> None:
         paged = self._paged
         if paged.lanes is not None:
             self._logger.info(
-                "kvmp: part %d: %d blocks of %d bytes in %d runs each on %s (layout %s), copied by %s",
-                self._part,
+                "kvmp: rank %d: %d blocks of %d bytes in %d runs each on %s (layout %s), copied by %s",
+                self._rank,
                 paged.num_blocks,
                 paged.block_bytes,
                 paged.runs,
@@ -86,8 +87,10 @@ class WorkerSide:
     def part(self) -> PartMeta:
         """What the scheduler side must know of this part."""
         if self._off or self._paged is None:
-            return PartMeta(part=self._part, off=self._off or "a worker has no KV cache")
-        return PartMeta(self._part, self._paged.block_bytes, self._layout_json, self._worker_facts())
+            return PartMeta(rank=self._rank, off=self._off or "a worker has no KV cache")
+        equal = compat.equal_tp_ranks(self._vllm_config, self._kv_cache_config)
+        block_bytes, facts = self._paged.block_bytes, self._worker_facts()
+        return PartMeta(self._rank, block_bytes, self._layout_json, facts, equal_ranks=equal)
 
     def _specs(self) -> list[Any]:
         return list(compat.layer_specs(self._kv_cache_config.kv_cache_groups[0].kv_cache_spec))
@@ -121,8 +124,11 @@ class WorkerSide:
 
     def bind(self, meta: StepMeta) -> None:
         """Takes this step's work; it starts when the step's hooks say so."""
+        if meta.shares:
+            self._share = meta.shares[self._rank]
         self._new_loads.extend(meta.loads)
-        self._new_stores.extend(meta.stores)
+        if self._share is not None and self._share.writes:
+            self._new_stores.extend(meta.stores)
         if meta.session is not None and self._paged is not None:
             self._running_copier().follow(meta.session, meta.namespace)
         if self._copier is not None and (meta.cancelled_loads or meta.void_below):
@@ -152,15 +158,23 @@ class WorkerSide:
             try:
                 self._running_copier().store(job, self._event())
             except BaseException:
-                self._unreported = self._unreported.aggregate(WorkerReport({job.job_id: {self._part: 0}}))
+                self._unreported = self._unreported.aggregate(self._stored({job.job_id: 0}))
                 raise
+
+    def _stored(self, committed: Mapping[int, int]) -> WorkerReport:
+        """A report of stores that have ended, with the blocks committed of each."""
+        part = self._share.part if self._share is not None else 0
+        return WorkerReport({job_id: {part: blocks} for job_id, blocks in committed.items()})
 
     def _running_copier(self) -> Copier:
         if self._copier is None:
+            if self._share is None:
+                raise RuntimeError("a copy is wanted, but the scheduler side has not said which part this rank has")
             membership = Membership(
-                self._part,
+                self._share.part,
                 self._layout_json,
                 self._options.socket_dir,
+                writes=self._share.writes,
                 dma=self._paged.lanes is not None,
                 connect=self._connect,
             )
@@ -179,7 +193,7 @@ class WorkerSide:
             ended.failed.add(job.req_id)
             ended.failed_blocks.update(job.block_ids.tolist())
         self._failed_blocks |= ended.failed_blocks
-        stores = {job_id: {self._part: committed} for job_id, committed in ended.stored.items()}
+        stores = self._stored(ended.stored).stores
         report = WorkerReport(stores, frozenset(ended.refusals), frozenset(ended.closed))
         if report:
             self._unreported = self._unreported.aggregate(report)
