@@ -23,5 +23,5 @@ def _gated(copy: Callable[..., Any], verb: str) -> Callable[..., Any]:
     return gated
 
 
-paged.PagedKV.load = _gated(paged.PagedKV.load, "load")
-paged.PagedKV.store = _gated(paged.PagedKV.store, "store")
+paged.PagedKV.begin_load = _gated(paged.PagedKV.begin_load, "load")
+paged.PagedKV.begin_store = _gated(paged.PagedKV.begin_store, "store")

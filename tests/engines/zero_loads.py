@@ -8,7 +8,7 @@ from kvmp import paged
 from kvmp.vllm.connector import KvmpConnector as RightConnector
 
 _tensors: list[torch.Tensor] = []
-_load = paged.PagedKV.load
+_load = paged.PagedKV.begin_load
 
 
 class KvmpConnector(RightConnector):
@@ -24,4 +24,4 @@ def _load_zeros(self: paged.PagedKV, client: Any, ns: Any, block_ids: Any, *rest
     return good
 
 
-paged.PagedKV.load = _load_zeros
+paged.PagedKV.begin_load = _load_zeros
