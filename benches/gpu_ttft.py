@@ -227,6 +227,24 @@ def compare_first_tokens(options: argparse.Namespace) -> dict[str, Any]:
     return {"link_gbs": speed, "kv_ms": kv_ms, "modes": table}
 
 
+def svg(result: dict[str, Any]) -> str:
+    """Bars of the hit's time, one a mode, with a line at the least that it can be."""
+    modes = sorted(result["modes"].items(), key=lambda entry: entry[1]["hit_ms"])
+    scale = 560 / max(found["hit_ms"] for _, found in modes)
+    least = (result["modes"]["floor"]["hit_ms"] + result["kv_ms"]) * scale if "floor" in result["modes"] else 0
+    rows, height = [], 40 + 30 * len(modes)
+    for at, (mode, found) in enumerate(modes):
+        y, width = 30 + 30 * at, found["hit_ms"] * scale
+        colour = "#2a6f97" if mode == "kvmp" else "#b8c4cc"
+        rows.append(f'<text x="92" y="{y + 15}" text-anchor="end">{mode}</text>')
+        rows.append(f'<rect x="100" y="{y}" width="{width:.1f}" height="20" fill="{colour}"/>')
+        rows.append(f'<text x="{106 + width:.1f}" y="{y + 15}">{found["hit_ms"]:.0f} ms</text>')
+    rows.append(f'<line x1="{100 + least:.1f}" x2="{100 + least:.1f}" y1="24" y2="{height - 10}" stroke="#c1121f"/>')
+    title = "Time to first token of a prompt found in the cache; red: resident prefix + bytes / link"
+    frame = f'xmlns="http://www.w3.org/2000/svg" width="760" height="{height}" font-family="sans-serif" font-size="13"'
+    return f'<svg {frame}>\n<text x="8" y="16">{title}</text>\n' + "\n".join(rows) + "\n</svg>\n"
+
+
 def compare_throughput(options: argparse.Namespace) -> dict[str, Any]:
     rates: dict[str, list[float]] = {"none": [], "kvmp": []}
     for mode in ("none", "kvmp", "kvmp", "none"):
@@ -251,11 +269,14 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--limit", type=float, default=150.0, help="seconds a mode may take")
     parser.add_argument("--json", help="file for the figures")
+    parser.add_argument("--svg", help="file for a plot of them")
     options = parser.parse_args()
     if options.mode:
         result = throughput(options) if options.no_hit else first_tokens(options)
     else:
         result = compare_throughput(options) if options.no_hit else compare_first_tokens(options)
+    if options.svg:
+        Path(options.svg).write_text(svg(result))
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1))
 
