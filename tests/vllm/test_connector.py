@@ -1,10 +1,13 @@
 """The connector's behaviour at vLLM's hooks, on a fake server."""
 
+import contextlib
+
 import fakes
 import pytest
 import torch
 from engine import PROMPT, results_of, stored, until
 
+from kvmp.vllm import compat
 from kvmp.vllm.worker import WorkerSide
 
 
@@ -386,6 +389,25 @@ def test_kv_on_cuda_switches_off_with_one_line(make, monkeypatch, caplog_vllm):
     assert engine.ask(req) == (0, False)
     engine.prefill(req, [1, 2, 3, 4, 5])
     assert not engine.scheduler.has_pending_push_work()
+
+
+@pytest.mark.parametrize(("release", "off"), [((0, 32), True), ((0, 33), False)])
+def test_a_cache_on_cuda_that_may_sleep_unannounced_is_left_alone(make, monkeypatch, caplog_vllm, release, off):
+    register = WorkerSide.register
+    monkeypatch.setattr(compat, "VERSION", release)
+    monkeypatch.setattr(compat, "_is_cuda", lambda: True)
+    reasons = []
+
+    def on_cuda(side, kv_caches):
+        side._vllm_config.model_config.enable_sleep_mode = True
+        tensor = fakes.SimpleNamespace(device=fakes.SimpleNamespace(type="cuda"))
+        with contextlib.suppress(TypeError):  # of a tensor that is none, where it is looked at more closely
+            register(side, {"layer.0": tensor})
+        reasons.append(side._off)
+
+    monkeypatch.setattr(WorkerSide, "register", on_cuda)
+    make(attach=False)
+    assert ["enable_sleep_mode" in reason for reason in reasons] == [off]
 
 
 def test_unknown_layer_spec_or_several_groups_switch_off(make, monkeypatch, caplog_vllm):

@@ -105,6 +105,16 @@ def unsupported_device(types: set[str]) -> str | None:
     return f"the KV cache is on {where}; kvmp copies tensors of the CPU or of one CUDA device"
 
 
+def unsupported_sleep(vllm_config: Any) -> str | None:
+    """Why copies beside the engine's work could meet a cache whose memory is gone, None where they cannot.
+
+    A sleep frees it; before 0.33 no hook says so, and a copy under way would end the process with an illegal address.
+    """
+    if VERSION >= (0, 33) or not getattr(vllm_config.model_config, "enable_sleep_mode", False):
+        return None
+    return "vLLM before 0.33 frees the KV cache in a sleep without a word; leave enable_sleep_mode off to use kvmp"
+
+
 def wished_layout() -> str | None:
     """The memory order of the KV cache that suits kvmp here: one run a block over all layers."""
     return "BLHNC" if _is_cuda() else None

@@ -52,8 +52,11 @@ class WorkerSide:
         """Describes this rank's cache; a cache that cannot be copied switches kvmp off for the engine."""
         if self._off:
             return
-        if off := compat.unsupported_device({tensor.device.type for tensor in kv_caches.values()}):
-            self._off = off
+        devices = {tensor.device.type for tensor in kv_caches.values()}
+        self._off = compat.unsupported_device(devices) or ""
+        if devices != {"cpu"}:
+            self._off = self._off or compat.unsupported_sleep(self._vllm_config) or ""
+        if self._off:
             return
         from kvmp.paged import PagedKV
 
