@@ -55,15 +55,18 @@ test-rust: ## Run the Rust tests, doc tests and loom models
 	@if cargo nextest --version >/dev/null 2>&1; then cargo nextest run --no-run; else cargo test --lib --bins --tests --no-run; fi
 	@$(MAKE) -j2 --output-sync=target test-rust-minute test-rust-others
 
+# cargo would take make's job server for its own, which it is not given.
+test-rust-minute test-rust-others: CARGO = env -u MAKEFLAGS cargo
+
 test-rust-minute:
-	@if cargo nextest --version >/dev/null 2>&1; then cargo nextest run -E 'test(minute::)'; \
-		else cargo test --test clients -- minute::; fi
+	@if cargo nextest --version >/dev/null 2>&1; then $(CARGO) nextest run -E 'test(minute::)'; \
+		else $(CARGO) test --test clients -- minute::; fi
 
 test-rust-others:
-	@if cargo nextest --version >/dev/null 2>&1; then cargo nextest run -E 'not test(minute::)'; \
-		else cargo test --lib --bins --tests -- --skip minute::; fi
-	cargo test --doc
-	RUSTFLAGS="--cfg loom" cargo test -p kvmp-core --profile loom --target-dir target/loom --test 'loom_*'
+	@if cargo nextest --version >/dev/null 2>&1; then $(CARGO) nextest run -E 'not test(minute::)'; \
+		else $(CARGO) test --lib --bins --tests -- --skip minute::; fi
+	$(CARGO) test --doc
+	RUSTFLAGS="--cfg loom" $(CARGO) test -p kvmp-core --profile loom --target-dir target/loom --test 'loom_*'
 
 .PHONY: test-python
 test-python: setup ## Run the Python tests, real vLLM engines included
