@@ -69,6 +69,7 @@ class Flying:
     def load(self, number, begins=True):
         """A load of the prompt that was kept; returns when its copy is under way."""
         req, before, table = fakes.request(f"load-{number}", PROMPT), len(self.gpu.begun), self.table()
+        self.engine.tables[req.request_id] = table
         assert self.engine.ask(req) == (TOKENS, True)
         self.engine.scheduler.update_state_after_alloc(req, fakes.blocks_of(table), TOKENS)
         self.step()
