@@ -58,6 +58,8 @@ impl Stream {
     }
 }
 
+/// # Safety
+/// `bell` is a reference that `Arc::into_raw` gave away, for this one call.
 unsafe extern "C" fn ring(bell: *mut std::ffi::c_void) {
     // SAFETY: the reference that `ring_at_end` gave away, once.
     let bell = unsafe { Arc::from_raw(bell.cast::<Bell>()) };
