@@ -2,7 +2,7 @@
 //
 // gather.ptx is made from this file, for every GPU since Turing and every driver since 11.8:
 //   nvcc -ptx -arch=compute_75 -O3 gather.cu -o gather.ptx && sed -i 's/^\.version .*/.version 7.8/' gather.ptx
-// A test on a GPU machine makes it anew and compares.
+// Nothing compares the two files: make it anew after every change here, and run tests/gpu.
 
 struct Tile { unsigned long long addr; long long stride; unsigned long long part_offset; unsigned long long len; };
 struct Pair { unsigned long long part; unsigned long long block; };

@@ -155,9 +155,8 @@ fn register_all(registered: &Registered, stop: &Bell) {
     let mut pause = SHORTEST;
     loop {
         let chunks = registered.chunks.read().unwrap_or_else(PoisonError::into_inner).clone();
-        let left: Vec<u32> = registered.arena.unpopulated();
-        let is_new: Vec<bool> =
-            (0..).zip(&chunks).map(|(chunk, address)| address.is_none() && !left.contains(&chunk)).collect();
+        let left = registered.arena.unpopulated();
+        let is_new = new_chunks(&chunks, &left);
         let is_stale = progress.is_stale(left.len());
         let per_piece = (PIECE / registered.arena.chunk_bytes()).max(1) as usize;
         let found = pieces(&is_new, &chunks, per_piece, is_stale);
@@ -172,6 +171,15 @@ fn register_all(registered: &Registered, stop: &Bell) {
             return;
         }
     }
+}
+
+/// Chunks that are mapped in and not registered. An arena may have tens of thousands.
+fn new_chunks(registered: &[Option<u64>], left: &[u32]) -> Vec<bool> {
+    let mut is_new: Vec<bool> = registered.iter().map(Option::is_none).collect();
+    for &chunk in left {
+        is_new[chunk as usize] = false;
+    }
+    is_new
 }
 
 /// Since when no more chunks have been mapped in.
@@ -214,6 +222,11 @@ fn pieces(is_new: &[bool], done: &[Option<u64>], per_piece: usize, is_stale: boo
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_mapped_in_and_not_registered_is_new() {
+        assert_eq!(new_chunks(&[None, Some(1), None, None], &[2]), [true, false, false, true]);
+    }
 
     #[test]
     fn whole_groups_come_first_and_the_rest_when_no_more_is_expected() {
