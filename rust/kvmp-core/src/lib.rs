@@ -5,6 +5,7 @@
 pub mod clock;
 pub mod geometry;
 pub mod ids;
+mod memory;
 pub mod namespace;
 pub mod per_slot;
 pub mod policy;

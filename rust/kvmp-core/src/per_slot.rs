@@ -4,6 +4,7 @@ use std::ops::{Index, IndexMut};
 
 use crate::geometry::Geometry;
 use crate::ids::{ChunkId, SlotId};
+use crate::memory::with_memory;
 
 /// Values by slot number, allocated a chunk at a time: an arena costs what its assigned chunks cost.
 #[derive(Debug)]
@@ -23,7 +24,9 @@ impl<V: Clone> PerSlot<V> {
 
     /// Allocates `slots` copies of `value` for a chunk.
     pub fn add_chunk(&mut self, chunk: ChunkId, slots: u32, value: V) {
-        self.chunks[chunk.0 as usize] = vec![value; slots as usize].into_boxed_slice();
+        let mut values = with_memory(slots as usize);
+        values.resize(slots as usize, value);
+        self.chunks[chunk.0 as usize] = values.into_boxed_slice();
     }
 }
 

@@ -8,6 +8,7 @@ use std::hint::black_box;
 
 use crate::clock::Ticks;
 use crate::ids::{ChunkId, NamespaceId, SlotId};
+use crate::memory::with_memory;
 use crate::namespace::GroupRule;
 use crate::slot::{BlockIdentity, SlotState, SlotWord};
 
@@ -63,8 +64,7 @@ impl<T: SlotTable> BlockStore<T> {
     pub fn recover_begin(&mut self, blocks: u64) {
         let blocks = usize::try_from(blocks).unwrap_or(0);
         self.index.reserve(&self.blocks.hot, blocks);
-        self.recovery.ready.reserve(blocks);
-        self.recovery.hashes.reserve(blocks);
+        (self.recovery.ready, self.recovery.hashes) = (with_memory(blocks), with_memory(blocks));
     }
 
     /// Takes over a Cold chunk that had slots of `pages` pages, with the records found in it. The
