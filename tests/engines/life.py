@@ -102,8 +102,8 @@ class Life:
         assert len(self.warnings()) == times, self.warnings()
 
     def assert_never_waited(self) -> None:
-        """By kvmp's own count; nor was a request told to wait on when its bound had passed."""
-        assert self.count("longest_step_wait_us") == 0
+        """By kvmp's own count, more than moments; nor was a request told to wait on when its bound had passed."""
+        assert self.count("longest_step_wait_us") < BOUND_MS * 1000 / 4
         assert self.count("longest_hold_us") <= BOUND_MS * 1000
 
     def assert_old_content_found(self, reference: Reference) -> None:

@@ -178,7 +178,7 @@ class Pending:
     def __init__(self, server, make):
         self.server, self.make, self.abandoned = server, make, False
 
-    def poll(self):
+    def poll(self, moment_us=0):
         if self.server.gone:
             raise ServerLost("hang-up")
         return None if self.server.silent else self.make()

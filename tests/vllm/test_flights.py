@@ -99,7 +99,7 @@ def test_copies_whose_end_rings_no_bell_are_settled_too(flying, gpu, server):
     assert len(server.blocks) == 2 * BLOCKS
 
 
-def test_loads_begin_at_bind_and_stores_after_the_forward_each_behind_an_event_of_then(flying, gpu):
+def test_loads_and_stores_begin_at_bind_behind_what_was_given_to_the_gpu_by_then(flying, gpu):
     scheduler, worker = flying.engine.scheduler, flying.engine.workers[0]
     stores, loads = fakes.request("s", [9000 + token for token in PROMPT]), fakes.request("l", PROMPT)
     assert flying.engine.ask(stores) == (0, False)
@@ -112,14 +112,12 @@ def test_loads_begin_at_bind_and_stores_after_the_forward_each_behind_an_event_o
     gpu.moment = "bind"
     worker.bind_connector_metadata(meta)
     gpu.moment = "forward"
-    until(lambda: gpu.begun, "the load under way before the forward")
+    until(lambda: len(gpu.begun) == 2, "both under way before the forward")
     worker.start_load_kv(None)
-    flying.copier._bell.ring()
-    assert not gpu.under_way(STORE)
-    gpu.moment = "save"
     worker.wait_for_save()
-    until(lambda: gpu.under_way(STORE), "the store under way")
-    assert [gpu.events[work.after] for work in gpu.begun] == ["bind", "save"]
+    flying.copier._bell.ring()
+    assert [gpu.events[work.after] for work in gpu.begun] == ["bind", "bind"]
+    assert (gpu.under_way(LOAD), gpu.under_way(STORE)) == (1, 1)
     assert gpu.begun[0].check is not None
 
 

@@ -137,7 +137,7 @@ class KvmpConnector(KVConnectorBase_V1):
         """Nothing: whole blocks are stored, after the forward."""
 
     def wait_for_save(self) -> None:
-        """Queues this step's stores; does not wait, for their blocks are pinned."""
+        """Queues this step's stores where the bind has not; does not wait, for their blocks are pinned."""
         if (side := self._worker) is not None:
             self._guard.run("wait_for_save", side.start_stores, None)
 

@@ -137,8 +137,10 @@ class WorkerSide:
         if self._copier is not None and (meta.cancelled_loads or meta.void_below):
             self._copier.cancel(meta.cancelled_loads, meta.void_below)
         if self._paged is not None and self._paged.lanes is not None:
-            # Before this step's forward is given to the GPU: a load goes behind what came before it, not behind that.
+            # Before this step's forward is given to the GPU: copies go behind what came before it, not behind that. A
+            # store's blocks were filled by an earlier step, for its grant was asked for in one.
             self.start_loads()
+            self.start_stores()
 
     def _event(self) -> Any:
         return None if self._paged is None else self._paged.record_event()
@@ -155,7 +157,10 @@ class WorkerSide:
                 raise
 
     def start_stores(self) -> None:
-        """Queues this step's stores: the forward that wrote their blocks has ended, or was given to the GPU."""
+        """Queues this step's stores: the forward that wrote their blocks has ended, or was given to the GPU before.
+
+        On a GPU that is at the bind; on a CPU after the forward, which they would slow down.
+        """
         while self._new_stores:
             job = self._new_stores.pop(0)
             try:

@@ -1,6 +1,7 @@
 //! Lookup: one hash list in, a read lease out. A list longer than one request takes goes on after a full hit.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kvmp_core::wire::{Completion, GroupOut, LookupOut, Op, Submission, out_bytes_lookup};
 use zerocopy::FromBytes;
@@ -26,6 +27,7 @@ pub struct PendingLookup {
     /// Block of the chain that the piece under way begins at.
     first_block: u32,
     lease: Option<ReadLease>,
+    submitted: Instant,
 }
 
 impl PendingLookup {
@@ -49,6 +51,7 @@ impl PendingLookup {
             asked: first.len(),
             first_block: 0,
             lease: Some(lease),
+            submitted: Instant::now(),
         })
     }
 
@@ -63,6 +66,25 @@ impl PendingLookup {
             }
         }
         Ok(None)
+    }
+
+    /// As [`Self::poll`], but looks again and again until the lookup is `moment` old or the look took `limit`: a server that
+    /// is awake answers sooner than the caller would come back. A lookup that is older is looked at once. Returns how long
+    /// it took beside the hit.
+    ///
+    /// # Errors
+    /// As [`Self::poll`].
+    pub fn poll_for(&mut self, moment: Duration, limit: Duration) -> (Result<Option<ReadLease>, ClientError>, Duration) {
+        let from = Instant::now();
+        loop {
+            let polled = self.poll();
+            let took = from.elapsed();
+            if !matches!(polled, Ok(None)) || took >= limit || self.submitted.elapsed() >= moment {
+                return (polled, took);
+            }
+            // The server may need this very core.
+            std::thread::yield_now();
+        }
     }
 
     /// The hit, within the bound.

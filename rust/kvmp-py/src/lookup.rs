@@ -1,11 +1,13 @@
 //! Lookup: `Client.submit_lookup`, `Client.lookup`, `PendingLookup`, `ReadLease`.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use numpy::PyArray1;
 use pyo3::prelude::*;
 
 use crate::arguments::{array, hashes};
+use crate::budget;
 use crate::client::Client;
 use crate::errors::{OrRaise, invalid};
 use crate::namespace::Namespace;
@@ -69,11 +71,24 @@ impl Client {
 
 #[pymethods]
 impl PendingLookup {
-    /// The hit once it is known, else None; never waits. None again after it was given out or abandoned.
-    fn poll(&self, py: Python<'_>) -> PyResult<Option<ReadLease>> {
+    /// The hit once it is known, else None. None again after it was given out or abandoned.
+    ///
+    /// Never waits, but until the lookup is `moment_us` microseconds old, if it is younger: what is left of the thread's
+    /// budget bounds that (`limit_waits`) and is charged with it. The GIL is kept: to get it back may take longer.
+    #[pyo3(signature = (moment_us=0))]
+    fn poll(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = integer::<name::MomentUs, _>)] moment_us: u32,
+    ) -> PyResult<Option<ReadLease>> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(pending) = inner.as_mut() else { return Ok(None) };
-        let polled = pending.poll().or_raise(py);
+        let moment = Duration::from_micros(moment_us.into());
+        let (polled, took) = pending.poll_for(moment, budget::cut(moment));
+        if moment_us > 0 {
+            budget::spend(took);
+        }
+        let polled = polled.or_raise(py);
         if !matches!(polled, Ok(None)) {
             inner.take();
         }

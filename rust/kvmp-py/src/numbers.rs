@@ -49,6 +49,7 @@ pub mod name {
         NowS = "now_s",
         NumBlocks = "num_blocks",
         Offset = "offset",
+        MomentUs = "moment_us",
         Part = "part",
         ReadTtlS = "read_ttl_s",
         ServerEpoch = "server_epoch",
