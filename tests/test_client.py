@@ -17,7 +17,7 @@ import pytest
 from numpy.typing import NDArray
 
 import kvmp
-from kvmp.client import Answer, BlockLayout, Client, Namespace, ReadLease, WriteLease
+from kvmp.client import Answer, BlockLayout, Client, Namespace, ReadLease, WriteLease, limit_waits
 from kvmp.errors import (
     BoundExceeded,
     Busy,
@@ -31,6 +31,7 @@ from kvmp.errors import (
 )
 from kvmp.namespace import GroupSpec, NamespaceSpec, PartSpec
 from kvmp.server import Server
+from tests.stopping import stopped
 
 BLOCK_TOKENS = 16
 PART_BYTES = 4096
@@ -198,6 +199,25 @@ def test_pending_requests_are_polled(scheduler: Client, worker: Client, ns: Name
     granted: list[WriteLease] = []
     assert becomes_true(lambda: granted.append(lease) or True if (lease := reserving.poll()) else False)
     assert len(granted[0].answers) == 2
+
+
+def test_a_young_lookup_is_given_a_moment(server: Server, scheduler: Client, worker: Client, ns: Namespace) -> None:
+    """Out of the thread's budget, which it is charged to; an older one is not waited for."""
+    store(scheduler, worker, ns, hash_list(3))
+    asked = scheduler.submit_lookup(ns, hash_list(3))
+    assert (hit := asked.poll(moment_us=5_000_000)) is not None
+    assert hit.blocks() == 3
+    limit_waits()
+    with stopped(server.pid):
+        asked = scheduler.submit_lookup(ns, hash_list(3))
+        assert asked.poll(moment_us=30_000) is None
+        assert (waited := limit_waits()) > 20_000  # Less what the lookup was older than the look.
+        assert asked.poll(moment_us=30_000) is None
+        assert limit_waits(20_000) < waited / 2
+        asked = scheduler.submit_lookup(ns, hash_list(3))
+        assert asked.poll(moment_us=60_000_000) is None  # Or this test takes a minute.
+        assert limit_waits() >= 20_000
+    assert becomes_true(lambda: asked.poll() is not None)
 
 
 def test_what_is_abandoned_is_given_back(scheduler: Client, worker: Client, ns: Namespace) -> None:

@@ -2,11 +2,11 @@
 
 A step goes on the scheduler side from one `build_connector_meta` to the next, in a worker from one bind to the next.
 
-No hook that a step calls waits, but for the moment that `lookups` gives a question that has just been sent: whatever else
-can wait is done by the threads of `link` and `copier`. So what is counted here stays far below the bound. It is cut to it
-all the same, for it is the promise. (Outside of steps a sleep waits for the copy under way, and a shutdown for those
-threads.) What a request is held back for its answer is no wait of a call, for others run meanwhile; `lookups` bounds and
-counts it.
+No hook that a step calls waits, but for the moment that `lookups` gives a question that has just been sent: whatever
+else can wait is done by the threads of `link` and `copier`. So what is counted here stays far below the bound. It is
+cut to it all the same, for it is the promise. (Outside of steps a sleep waits for the copy under way, and a shutdown
+for those threads.) What a request is held back for its answer is no wait of a call, for others run meanwhile;
+`lookups` bounds and counts it.
 """
 
 from __future__ import annotations

@@ -104,7 +104,8 @@ class Stores:
             table: all engine blocks of the request, which `open_for` has let pass in this step.
         """
         first = state.stored_blocks
-        block_ids = table[first : min(full_blocks, first + self.pins.room, first + _PUT_UP_MOST)]
+        wanted = min(full_blocks, len(table)) - first
+        block_ids = table[first : first + self.pins.room(min(wanted, _PUT_UP_MOST))]
         null = 0 in block_ids
         if null:
             block_ids = block_ids[: block_ids.index(0)]

@@ -74,7 +74,11 @@ impl PendingLookup {
     ///
     /// # Errors
     /// As [`Self::poll`].
-    pub fn poll_for(&mut self, moment: Duration, limit: Duration) -> (Result<Option<ReadLease>, ClientError>, Duration) {
+    pub fn poll_for(
+        &mut self,
+        moment: Duration,
+        limit: Duration,
+    ) -> (Result<Option<ReadLease>, ClientError>, Duration) {
         let from = Instant::now();
         loop {
             let polled = self.poll();
