@@ -1,7 +1,8 @@
 """The client of a kvmp server: sessions, namespaces, leases.
 
 Life of a session: ``Client.connect`` -> ``open`` (scheduler) or ``join`` (worker) -> requests -> ``close``.
-``submit_*`` and ``poll`` never wait and keep the GIL; every other call waits at most ``timeout_ms`` without it.
+``submit_*`` and ``poll`` never wait, but for a moment that a lookup's ``poll`` may be given, and keep the GIL; every
+other call waits at most ``timeout_ms`` without it.
 
 A call that passes its bound raises :class:`~kvmp.errors.BoundExceeded` and marks the session *lost*; until a
 ``ping`` is answered every call raises :class:`~kvmp.errors.ServerLost` at once. A hang-up is for good: connect anew.

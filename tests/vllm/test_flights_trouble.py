@@ -166,7 +166,7 @@ def test_a_device_that_takes_no_copy_is_told_of_once_a_direction(flying, gpu, se
 
 def test_the_bytes_of_stores_on_their_way_are_bounded_and_those_of_loads_are_not(gpu, make, server, monkeypatch):
     monkeypatch.setattr(jobs, "_STORE_BYTES", 0)
-    monkeypatch.setattr(jobs, "_CACHE_SHARE", 4)
+    monkeypatch.setattr(jobs, "CACHE_SHARE", 0.25)
     flying = Flying(gpu, make(paged=gpu.paged, num_blocks=100), server)  # a quarter: 25 blocks
     flying.keep()
     for number in range(6):
@@ -190,9 +190,9 @@ def test_the_bytes_of_stores_on_their_way_are_bounded_and_those_of_loads_are_not
     assert len(server.blocks) == 8 * BLOCKS
 
 
-def test_of_a_large_cache_half_may_be_on_its_way():
-    assert jobs.store_limit(0) == jobs.store_limit(2 << 30) == 1 << 30
-    assert jobs.store_limit(64 << 30) == 32 << 30
+def test_of_a_large_cache_as_much_may_be_on_its_way_as_is_pinned():
+    assert jobs.store_limit(0) == jobs.store_limit(1 << 30) == 1 << 30
+    assert jobs.store_limit(64 << 30) == 48 << 30
 
 
 def queue(limit):

@@ -1,4 +1,4 @@
-"""What kvmp's calls wait on an engine's thread: nothing, and never more than `kvmp.timeout_ms` in a step."""
+"""What kvmp's calls wait on an engine's thread: moments, and never more than `kvmp.timeout_ms` in a step."""
 
 import os
 import time
@@ -99,3 +99,23 @@ def test_a_step_begins_where_it_should(make, side, monkeypatch):
     engine.run_step(fakes.step({}))
     assert part._guard._waits._waited_us == 0
     assert part._stats.data["longest_step_wait_us"] == 130
+
+
+def test_the_moments_of_a_step_have_a_sum(make, server, monkeypatch):
+    """Questions that are sent one after the other, as after a new session, are not all given one."""
+    engine, given = make(), []
+
+    def poll(pending, moment_us=0):
+        given.append(moment_us)
+        time.sleep(moment_us / 1e6)
+
+    monkeypatch.setattr(fakes.Pending, "poll", poll)
+    for number in range(10):
+        request = fakes.request(f"r{number}", [token + number for token in PROMPT])
+        assert engine.scheduler.get_num_new_matched_tokens(request, 0) == (None, False)
+    assert given[0] == 300
+    assert sum(given) <= 1000
+    assert given[-1] == 0
+    engine.scheduler.build_connector_meta(fakes.step({}))
+    assert engine.scheduler.get_num_new_matched_tokens(fakes.request("new", PROMPT), 0) == (None, False)
+    assert given[-1] == 300

@@ -10,17 +10,15 @@ from typing import Any
 
 from kvmp import _kvmp
 from kvmp.vllm.metadata import LoadJob, NamespaceRef, Refusal, SessionRef, StoreJob
+from kvmp.vllm.pins import CACHE_SHARE
 
 # What stores may have waiting and under way, at least. Bytes.
 _STORE_BYTES = 1 << 30
-# Of a cache, that much may be on its way. With async scheduling the stores of two steps are put up before the forward
-# of the first has ended: of a long prompt those are two whole chunks.
-_CACHE_SHARE = 2
 
 
 def store_limit(cache_bytes: int) -> int:
     """Bytes of stores on their way beyond which one more is dropped: blocks fill faster than they are copied."""
-    return max(_STORE_BYTES, cache_bytes // _CACHE_SHARE)
+    return max(_STORE_BYTES, int(cache_bytes * CACHE_SHARE))
 
 
 @dataclass

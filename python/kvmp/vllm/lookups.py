@@ -19,6 +19,8 @@ LEASE_USE_S = 50.0
 # vLLM asks some ten microseconds after the request has come, and then only a whole step later: a question younger than
 # this is waited for. A server that is awake has answered by then (DESIGN: 8,192 hashes in 300 us). Microseconds.
 _MOMENT_US = 300
+# And all such moments of a step. Those of questions sent together pass together; these need not.
+_MOMENTS_US = 1000
 
 
 class Lookups:
@@ -30,6 +32,11 @@ class Lookups:
         self._block_tokens = block_tokens
         self._stats = stats
         self._clock = clock
+        self._moments_us = _MOMENTS_US
+
+    def begin_step(self) -> None:
+        """Gives the questions from here on moments of their own."""
+        self._moments_us = _MOMENTS_US
 
     def send(self, state: RequestState) -> None:
         """Sends the request's lookup, if there is a server to ask and something to ask for."""
@@ -109,11 +116,14 @@ class Lookups:
     def _poll(self, state: RequestState):
         if state.pending is None:
             return None
+        begun = time.perf_counter_ns()
         try:
-            return state.pending.poll(_MOMENT_US)
+            return state.pending.poll(min(_MOMENT_US, self._moments_us))
         except BaseException as error:
             self._failed(state, error)
             return None
+        finally:
+            self._moments_us = max(0, self._moments_us - (time.perf_counter_ns() - begun) // 1000)
 
     def _failed(self, state: RequestState, error: BaseException) -> None:
         """A miss. That the server is lost is no fault to report here: the link warns of it, once."""

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-# Pins may keep this share of blocks from an engine that is done with them; beyond it stores wait for their turn.
-_SHARE = 0.5
-# And this share at all: an engine that preempts a request gets back what is not pinned.
-_MOST = 0.75
+# Pins may hold this share of the engine's blocks, and stores on their way this share of its cache's bytes; beyond it
+# stores wait for their turn. A long prompt's chunks are put up before the end of the first one's store is known: of a
+# cache of 2.5 prompts those are more than half. An engine that preempts a request gets back what is not pinned.
+CACHE_SHARE = 0.75
 
 
 class Pins:
@@ -26,19 +26,12 @@ class Pins:
     def __len__(self) -> int:
         return len(self._held)
 
-    def room(self, wanted: int) -> int:
-        """How many of `wanted` more blocks may be pinned; 0 without a pool.
-
-        What a request still uses counts for the larger share only: the engine could not hand it out anyway.
-        """
+    @property
+    def room(self) -> int:
+        """Blocks that may still be pinned; 0 without a pool."""
         if self._pool is None:
             return 0
-        blocks, held = len(self._pool.blocks), len(self._held)
-        room = int(blocks * _SHARE) - held
-        if room < wanted:  # Only then is each looked at.
-            last = sum(self._is_last(*pin) for pin in self._held.items())
-            room = min(int(blocks * _SHARE) - last, int(blocks * _MOST) - held)
-        return max(0, min(wanted, room))
+        return max(0, int(len(self._pool.blocks) * CACHE_SHARE) - len(self._held))
 
     def pin(self, block_ids: Sequence[int]) -> None:
         """Takes one reference of each block."""
@@ -56,7 +49,4 @@ class Pins:
 
     def holds_last_reference(self) -> bool:
         """Whether some block would become free if its store ended."""
-        return any(self._is_last(*pin) for pin in self._held.items())
-
-    def _is_last(self, block_id: int, count: int) -> bool:
-        return self._pool.blocks[block_id].ref_cnt <= count
+        return any(self._pool.blocks[block_id].ref_cnt <= count for block_id, count in self._held.items())

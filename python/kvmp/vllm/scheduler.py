@@ -1,4 +1,4 @@
-"""The scheduler side: asks for hits, plans loads and stores, and sees them end; no call here waits."""
+"""The scheduler side: asks for hits, plans loads and stores, sees them end. Nothing waits but look-ups, a moment."""
 
 from __future__ import annotations
 
@@ -173,6 +173,8 @@ class SchedulerSide:
         """This step's work: loads planned, stores granted; puts up what this step fills."""
         if self._loads is None:
             return StepMeta()
+        if self._lookups is not None:
+            self._lookups.begin_step()
         if self._stores is not None:
             self._stores.harvest()
             self._put_up_filled(scheduler_output)
@@ -196,6 +198,9 @@ class SchedulerSide:
     def _put_up_filled(self, scheduler_output: Any) -> None:
         if self._off or not self._link.up:
             return
+        if getattr(scheduler_output, "has_sync_kv_loads", False):
+            # Another connector's, under a MultiConnector: whether those blocks were loaded is known after this step.
+            return
         for req_id, tokens in _tokens_after_step(scheduler_output):
             state = self._requests.get(req_id)
             if state is None or not state.cacheable or state.tainted or not self._stores.open_for(state):
@@ -217,6 +222,8 @@ class SchedulerSide:
         if self._loads is not None:
             if connector_output.invalid_block_ids:
                 self._loads.note_invalid(connector_output.invalid_block_ids)
+                if self._stores is not None:
+                    self._stores.drop(connector_output.invalid_block_ids)
             if connector_output.finished_recving:
                 failed = getattr(connector_output, "failed_recving", None) or ()
                 self._loads.ended(connector_output.finished_recving, failed)

@@ -11,7 +11,7 @@ COUNTERS = (
     "attached",  # 1 while a server serves this engine, 0 while it works without its cache
     "lookups",  # lookups sent
     "lookup_timeouts",  # lookups given up after kvmp.timeout_ms
-    "lookup_wait_us",  # how long requests were held back for an answer; no call waited
+    "lookup_wait_us",  # how long requests were held back for an answer; others ran meanwhile
     "longest_hold_us",  # the latest that a request was told to wait on, from when vLLM first asked for it
     "hit_tokens",  # tokens an answer offered
     "loaded_tokens",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,8 +105,7 @@ class Stores:
             table: all engine blocks of the request, which `open_for` has let pass in this step.
         """
         first = state.stored_blocks
-        wanted = min(full_blocks, len(table)) - first
-        block_ids = table[first : first + self.pins.room(min(wanted, _PUT_UP_MOST))]
+        block_ids = table[first : min(full_blocks, first + self.pins.room, first + _PUT_UP_MOST)]
         null = 0 in block_ids
         if null:
             block_ids = block_ids[: block_ids.index(0)]
@@ -241,6 +241,15 @@ class Stores:
         stored = min(copying.committed.values())
         self._stats.add("stored_blocks", stored)
         self._stats.add("failed_store_blocks", len(copying.block_ids) - stored)
+
+    def drop(self, invalid: Set[int]) -> None:
+        """These engine blocks hold no KV: what was put up with one of them is not stored."""
+        for _ in range(len(self._reserving)):
+            reserving = self._reserving.popleft()
+            if invalid.isdisjoint(reserving.block_ids):
+                self._reserving.append(reserving)
+            else:
+                self._give_up(reserving)
 
     def void(self) -> None:
         """A reset: nothing begun before it may be found later."""

@@ -138,7 +138,8 @@ class WorkerSide:
             self._copier.cancel(meta.cancelled_loads, meta.void_below)
         if self._paged is not None and self._paged.lanes is not None:
             # Before this step's forward is given to the GPU: copies go behind what came before it, not behind that. A
-            # store's blocks were filled by an earlier step, for its grant was asked for in one.
+            # store's blocks were filled by an earlier step, for its grant was asked for in one. (But for the draft
+            # layers of a multi-module MTP, filled again a step later; a wrong draft costs time, not tokens.)
             self.start_loads()
             self.start_stores()
 
@@ -147,10 +148,12 @@ class WorkerSide:
 
     def start_loads(self) -> None:
         """Queues this step's loads."""
+        after = None
         while self._new_loads:
             job = self._new_loads.pop(0)
             try:
-                self._running_copier().load(job, self._event())
+                after = after or self._event()
+                self._running_copier().load(job, after)
             except BaseException:
                 # vLLM waits for this load: it is reported failed with the next results.
                 self._doomed.append(job)
@@ -161,10 +164,12 @@ class WorkerSide:
 
         On a GPU that is at the bind; on a CPU after the forward, which they would slow down.
         """
+        after = None
         while self._new_stores:
             job = self._new_stores.pop(0)
             try:
-                self._running_copier().store(job, self._event())
+                after = after or self._event()
+                self._running_copier().store(job, after)
             except BaseException:
                 self._unreported = self._unreported.aggregate(self._stored({job.job_id: 0}))
                 raise

@@ -60,34 +60,24 @@ impl PendingLookup {
     /// # Errors
     /// The session is lost, the namespace is not open, or the server broke the protocol.
     pub fn poll(&mut self) -> Result<Option<ReadLease>, ClientError> {
-        while let Some(reply) = self.ticket.poll()? {
-            if self.absorb(&reply)? {
-                return Ok(self.lease.take());
-            }
-        }
-        Ok(None)
+        self.poll_for(Duration::ZERO, Duration::ZERO)
     }
 
-    /// As [`Self::poll`], but looks again and again until the lookup is `moment` old or the look took `limit`: a server that
-    /// is awake answers sooner than the caller would come back. A lookup that is older is looked at once. Returns how long
-    /// it took beside the hit.
+    /// As [`Self::poll`], but waits until the lookup is `moment` old, for `limit` at most: a server that is awake answers
+    /// sooner than the caller would come back. One that is not loses no session by it.
     ///
     /// # Errors
     /// As [`Self::poll`].
-    pub fn poll_for(
-        &mut self,
-        moment: Duration,
-        limit: Duration,
-    ) -> (Result<Option<ReadLease>, ClientError>, Duration) {
+    pub fn poll_for(&mut self, moment: Duration, limit: Duration) -> Result<Option<ReadLease>, ClientError> {
         let from = Instant::now();
         loop {
-            let polled = self.poll();
-            let took = from.elapsed();
-            if !matches!(polled, Ok(None)) || took >= limit || self.submitted.elapsed() >= moment {
-                return (polled, took);
+            let young = moment.saturating_sub(self.submitted.elapsed());
+            let Some(reply) = self.ticket.poll_for(young.min(limit.saturating_sub(from.elapsed())))? else {
+                return Ok(None);
+            };
+            if self.absorb(&reply)? {
+                return Ok(self.lease.take());
             }
-            // The server may need this very core.
-            std::thread::yield_now();
         }
     }
 

@@ -389,6 +389,22 @@ impl Ticket {
         Ok(None)
     }
 
+    /// The reply if it comes within `limit`; a server that takes longer is not lost for that.
+    pub fn poll_for(&mut self, limit: Duration) -> Result<Option<Reply>, ClientError> {
+        let from = Instant::now();
+        loop {
+            let reply = self.poll()?;
+            let (left, Some(request)) = (limit.saturating_sub(from.elapsed()), self.request) else { return Ok(reply) };
+            if left.is_zero() {
+                return Ok(None);
+            }
+            if let Some(reply) = self.session.sleep(request, left)? {
+                self.request = None;
+                return Ok(Some(reply));
+            }
+        }
+    }
+
     /// The reply, within the bound; past it the session is lost.
     pub fn wait(&mut self, bound: &Bound<'_>) -> Result<Reply, ClientError> {
         self.wait_for(bound, false)

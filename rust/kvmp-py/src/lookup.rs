@@ -1,7 +1,7 @@
 //! Lookup: `Client.submit_lookup`, `Client.lookup`, `PendingLookup`, `ReadLease`.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use numpy::PyArray1;
 use pyo3::prelude::*;
@@ -84,11 +84,11 @@ impl PendingLookup {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(pending) = inner.as_mut() else { return Ok(None) };
         let moment = Duration::from_micros(moment_us.into());
-        let (polled, took) = pending.poll_for(moment, budget::cut(moment));
+        let from = Instant::now();
+        let polled = pending.poll_for(moment, budget::cut(moment)).or_raise(py);
         if moment_us > 0 {
-            budget::spend(took);
+            budget::spend(from.elapsed());
         }
-        let polled = polled.or_raise(py);
         if !matches!(polled, Ok(None)) {
             inner.take();
         }
