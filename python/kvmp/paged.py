@@ -14,13 +14,14 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
 from kvmp import _kvmp
+from kvmp.copies import Copy, CudaLoad, EndedLoad, EndedStore, Load
 from kvmp.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -209,68 +210,6 @@ def _device(tensors: Mapping[str, torch.Tensor]) -> torch.device:
     return next(iter(devices.values()))
 
 
-class Copy(Protocol):
-    """A copy that was begun."""
-
-    def has_ended(self) -> bool:
-        """Whether the last byte has moved. Raises DeviceError where the device failed: what was moved is garbage."""
-
-    def wait(self) -> None:
-        """Sleeps until the last byte has moved; raises as :meth:`has_ended`."""
-
-
-class Load(Copy, Protocol):
-    """A load that was begun."""
-
-    def good(self) -> NDArray[np.bool_]:
-        """Once it has ended: bool (n,), False where the slot was not the one leased all the while.
-
-        There the block holds garbage and must be recomputed.
-        """
-
-
-class _EndedStore:
-    """A store on the CPU: over once it was begun."""
-
-    def has_ended(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        pass
-
-
-class _EndedLoad(_EndedStore):
-    """A load on the CPU."""
-
-    def __init__(self, good: NDArray[np.bool_]) -> None:
-        self._good = good
-
-    def good(self) -> NDArray[np.bool_]:
-        return self._good
-
-
-class _CudaLoad:
-    """A load on a CUDA device; the words are looked at when it has ended, not before."""
-
-    def __init__(
-        self, transfer: _kvmp.Transfer, client: Client, slots: NDArray[np.uint32], words: NDArray[np.uint64]
-    ) -> None:
-        self._transfer = transfer
-        self._client = client
-        self._slots = slots
-        self._words = words
-
-    def has_ended(self) -> bool:
-        return self._transfer.has_ended()
-
-    def wait(self) -> None:
-        self._transfer.wait()
-
-    def good(self) -> NDArray[np.bool_]:
-        self._transfer.wait()
-        return self._client.check(self._slots, self._words)
-
-
 class PagedKV:
     """A rank's paged KV tensors of one group, described once as runs of bytes.
 
@@ -396,7 +335,7 @@ class PagedKV:
         if self._lanes is not None:
             return self._lanes.store(client, ns, group, ids, to, after, bell, server_epoch)
         client.store_blocks(self._layout, ns, group, ids, to, threads, server_epoch)
-        return _EndedStore()
+        return EndedStore()
 
     def begin_load(
         self,
@@ -428,8 +367,8 @@ class PagedKV:
         source = _numbers("slots", slots, np.uint32, ids.size)
         leased = _numbers("words", words, np.uint64, ids.size)
         if self._lanes is not None:
-            return _CudaLoad(self._lanes.load(client, ns, group, ids, source, after, bell), client, source, leased)
-        return _EndedLoad(client.load_blocks(self._layout, ns, group, ids, source, leased, threads))
+            return CudaLoad(self._lanes.load(client, ns, group, ids, source, after, bell), client, source, leased)
+        return EndedLoad(client.load_blocks(self._layout, ns, group, ids, source, leased, threads))
 
     def store(
         self,
