@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 VOCABULARY = 32_000
 MAX_TOKENS = 8_192
 SEED = 3
+LAYERS, HEAD_SIZE = 4, 64
 
 # Weights as vLLM's load_format="dummy" makes them lie so near zero that the tokens do not depend on the KV, and a wrong
 # KV would go unseen. With this spread, one other prompt token changes nearly every token that follows.
@@ -17,12 +18,13 @@ def ensure_model(folder: Path) -> Path:
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder.parent) as scratch:
-            _write_model(Path(scratch) / "model")
+            write_model(Path(scratch) / "model", kv_heads=2, max_tokens=MAX_TOKENS)
             (Path(scratch) / "model").rename(folder)  # so that a folder that is there is complete
     return folder
 
 
-def _write_model(folder: Path) -> None:
+def write_model(folder: Path, *, kv_heads: int, max_tokens: int) -> None:
+    """Makes a Llama there whose tokens depend on its KV."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -33,11 +35,11 @@ def _write_model(folder: Path) -> None:
         vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=512,
-        num_hidden_layers=4,
+        num_hidden_layers=LAYERS,
         num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=MAX_TOKENS,
+        num_key_value_heads=kv_heads,
+        head_dim=HEAD_SIZE,
+        max_position_embeddings=max_tokens,
         initializer_range=_INITIALIZER_RANGE,
         tie_word_embeddings=True,
         dtype="float32",

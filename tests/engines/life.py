@@ -15,6 +15,8 @@ BLOCKS = 8
 TOKENS = BLOCKS * BLOCK + 5  # with the tokens generated no further block is filled
 KEPT = random_prompt("kept over every restart", TOKENS)
 BOUND_MS = 300
+# What a step may wait for look-ups just sent is 1 ms; getting the core back on a busy machine is the rest.
+MOMENTS_MS = 20
 """`kvmp.timeout_ms`; a machine full of other tests' engines misses the default now and then."""
 
 
@@ -91,7 +93,7 @@ class Life:
 
     @contextmanager
     def one_loss(self) -> Iterator[None]:
-        """The server is lost in it: one warning, and no call of kvmp's has waited on the engine's thread."""
+        """The server is lost in it: one warning, and kvmp's calls waited moments at most on the engine's thread."""
         before = len(self.warnings())
         yield
         until(lambda: len(self.warnings()) > before, "a warning")
@@ -103,7 +105,7 @@ class Life:
 
     def assert_never_waited(self) -> None:
         """By kvmp's own count, more than moments; nor was a request told to wait on when its bound had passed."""
-        assert self.count("longest_step_wait_us") < BOUND_MS * 1000 / 4
+        assert self.count("longest_step_wait_us") <= MOMENTS_MS * 1000
         assert self.count("longest_hold_us") <= BOUND_MS * 1000
 
     def assert_old_content_found(self, reference: Reference) -> None:

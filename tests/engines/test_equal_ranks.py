@@ -10,8 +10,9 @@ import pytest
 
 import kvmp
 from demo.engine import Engine
+from demo.model import HEAD_SIZE, LAYERS
 from tests.engines.conftest import StartEngine
-from tests.engines.equal_models import HEAD_SIZE, LAYERS, MAX_TOKENS, one_kv_head
+from tests.engines.equal_models import MAX_TOKENS, one_kv_head
 from tests.engines.gate import Gate
 from tests.engines.harness import (
     BLOCK,
