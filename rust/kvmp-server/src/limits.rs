@@ -27,11 +27,13 @@ pub struct Sources {
     pub proc: PathBuf,
     /// `/sys/fs/cgroup`.
     pub cgroup: PathBuf,
+    /// `/sys/devices/system/node`.
+    pub nodes: PathBuf,
 }
 
 impl Default for Sources {
     fn default() -> Self {
-        Self { proc: "/proc".into(), cgroup: "/sys/fs/cgroup".into() }
+        Self { proc: "/proc".into(), cgroup: "/sys/fs/cgroup".into(), nodes: "/sys/devices/system/node".into() }
     }
 }
 
@@ -154,7 +156,7 @@ mod tests {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, text).unwrap();
         }
-        let sources = Sources { proc: dir.path().join("proc"), cgroup: dir.path().join("cg") };
+        let sources = Sources { proc: dir.path().join("proc"), cgroup: dir.path().join("cg"), ..Sources::default() };
         (dir, sources)
     }
 

@@ -22,7 +22,7 @@ use crate::plane::{Command, Faults, Namespaces, Plane, PlaneHandle, PlaneStart};
 use crate::process::WatchedProcess;
 use crate::recovery::{Recovery, recover};
 use crate::segment::backing::Backing;
-use crate::segment::{Claim, FileState, Found, HolderLocks, SegmentFile, SegmentTable};
+use crate::segment::{Claim, FileState, Found, HolderLocks, SegmentFile, SegmentTable, nodes};
 use crate::upgrade;
 
 /// A running server. Dropping it stops it.
@@ -230,6 +230,7 @@ impl Server {
             }
         }
         let thread = spawn("kvmp-backing", move || {
+            nodes::report(&nodes::spread(&sources));
             let backing = Backing { file: segment.file(), layout, arena_dir, sources, stop: &stop.flag };
             let mut backed = backed_before;
             let ended = backing.run(cold, |chunk| {

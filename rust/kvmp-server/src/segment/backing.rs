@@ -165,7 +165,7 @@ mod tests {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(path, text).unwrap();
         }
-        let sources = Sources { proc: dir.path().join("proc"), cgroup: dir.path().join("cg") };
+        let sources = Sources { proc: dir.path().join("proc"), cgroup: dir.path().join("cg"), ..Sources::default() };
         let stop = AtomicBool::new(false);
         let ended = backing(&file, &stop, layout, sources).run((0..4).map(ChunkId), |_| unreachable!());
         assert!(matches!(ended, Ended::NoRoom(bound) if bound.what.contains("cgroup")));

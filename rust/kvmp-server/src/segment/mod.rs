@@ -3,6 +3,7 @@
 pub mod backing;
 mod file;
 mod locks;
+pub mod nodes;
 mod place;
 mod server_lock;
 mod table;
