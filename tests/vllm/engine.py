@@ -51,12 +51,14 @@ class Engine:
         attach=True,
         role="kv_both",
         paged=fakes.FakePaged,
+        batches=1,
     ):
         self.server = server
         monkeypatch.setattr("kvmp.paged.PagedKV", paged)
         monkeypatch.setattr("kvmp.vllm.connecting.client_connect", server.connect)
         monkeypatch.setattr(compat, "kernel_packing", lambda config, spec: "test")
         self.config = fakes.engine_config(str(folder), tp=ranks, extra=extra, role=role)
+        self.config.max_concurrent_batches = batches
         if heads is not None:
             self.config.model_config.get_total_num_kv_heads = lambda: heads
         cache = fakes.cache_config(num_blocks)

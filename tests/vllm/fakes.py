@@ -368,6 +368,7 @@ def step(tables: dict[str, list[int]], new=(), cached=()):
         kv_connector_block_state=SimpleNamespace(get_block_ids=lambda r: (tables[r],) if r in tables else None),
         finished_req_ids=set(),
         preempted_req_ids=None,
+        has_sync_kv_loads=False,
     )
 
 
@@ -386,6 +387,7 @@ def engine_config(folder: str, *, tp: int = 1, extra=None, role: str = "kv_both"
     """A vLLM configuration, as far as the connector reads it."""
     hf_config = SimpleNamespace(to_dict=lambda: {"rope_theta": 10000.0, "hidden_size": 8, "_name_or_path": folder})
     return SimpleNamespace(
+        max_concurrent_batches=1,
         model_config=SimpleNamespace(
             model=folder,
             revision=None,

@@ -89,6 +89,17 @@ def test_failed_load_is_reported_once_and_never_asked_again(make, server):
     assert second.config.kv_transfer_config.kv_load_failure_policy == "recompute"
 
 
+@pytest.mark.parametrize(("local", "tokens"), [(0, 14), (2, 12)])
+def test_a_load_of_a_part_of_a_block_fails_and_is_reported(make, server, local, tokens):
+    """Nothing of vLLM's asks for one; what it would take for loaded is never less than what was."""
+    stored(make())
+    second = make()
+    req = fakes.request("again", PROMPT)
+    second.ask(req, local)
+    assert not second.load(req, [11, 12, 13, 14, 15], tokens)
+    assert server.released == server.leases
+
+
 def test_what_a_failed_load_missed_is_stored_once_it_is_computed(make, server):
     stored(make())
     second = make()

@@ -62,6 +62,31 @@ def test_blocks_that_another_connector_loads_in_this_step_are_put_up_in_the_next
     assert engine.pool.pinned == 4
 
 
+@pytest.mark.parametrize("batches", [2, 3])
+def test_with_batches_under_way_such_blocks_wait_for_the_output_of_their_step(make, server, batches):
+    """Also those of a request that is admitted meanwhile, as it may have found them in the engine's cache."""
+    engine = make(batches=batches)
+    tables = {"running": [1, 2, 3, 4, 5], "loads": [6, 7, 8, 9, 10], "finds": [6, 7, 8, 9, 11]}
+    for req_id, table in tables.items():
+        engine.ask(fakes.request(req_id, [token + table[-1] for token in PROMPT]))
+
+    def put_up(new=(), cached=(), *, sync=False):
+        step = fakes.step(tables, new=new, cached=cached)
+        step.has_sync_kv_loads = sync
+        before = engine.pool.pinned
+        engine.scheduler.build_connector_meta(step)
+        return engine.pool.pinned - before
+
+    assert put_up(new=[("running", 0, 8)]) == 2
+    # Who ran before goes on, whatever is loaded beside it.
+    assert put_up(new=[("loads", 16, 2)], cached=[("running", 8, 8)], sync=True) == 2
+    assert put_up(new=[("finds", 16, 2)], cached=[("loads", 18, 1)]) == 0
+    for _ in range(batches - 2):
+        assert put_up(cached=[("loads", 18, 1), ("finds", 18, 1)]) == 0
+    assert put_up(cached=[("loads", 18, 1), ("finds", 18, 1)]) == 4
+    assert put_up(cached=[("loads", 18, 1), ("finds", 18, 1)]) == 4
+
+
 def test_blocks_that_turn_out_to_hold_no_kv_are_not_stored(make, server):
     engine = make()
     for req_id, table in (("bad", [1, 2, 3, 4, 5]), ("good", [6, 7, 8, 9, 10])):

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from types import SimpleNamespace
 
 import fakes
 import pytest
@@ -83,6 +84,9 @@ def test_parts_must_be_complete_and_in_place(model):
     # A worker that failed while it described itself gives none.
     with pytest.raises(spec.SpecRefusedError, match=r"log of the worker of rank 1 has the cause"):
         spec.ordered_parts({(0, 0): PartMeta(0, 64), (0, 1): None}, config)
+    # Under a MultiConnector every child is given the first child's.
+    with pytest.raises(spec.SpecRefusedError, match="rank 0 answered with SimpleNamespace: a MultiConnector"):
+        spec.ordered_parts({(0, 0): SimpleNamespace(agent="nixl"), (0, 1): PartMeta(1, 64)}, config)
     swapped = {(0, 0): PartMeta(1, 64), (0, 1): PartMeta(0, 64)}
     with pytest.raises(spec.SpecRefusedError, match="says it is rank 1"):
         spec.ordered_parts(swapped, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,6 +29,12 @@ _KV_HEADS = (
     "query_group_num",
     "attention_groups",
 )
+
+# A block of so many tokens is one of a kernel's too, whatever the attention backend.
+_NEVER_CUT_TOKENS = 16
+
+# Where a MultiConnector makes its children, and where it asks them for a layout.
+_MULTI_CONNECTOR_CALLS = ("MultiConnector.__init__", "MultiConnector.get_required_kvcache_layout")
 
 # Exact types: a subclass may keep its blocks by another rule than "every block of the prefix".
 _KNOWN_LAYER_SPECS = (kv_cache_interface.FullAttentionSpec, kv_cache_interface.MLAAttentionSpec)
@@ -115,9 +122,31 @@ def unsupported_sleep(vllm_config: Any) -> str | None:
     return "vLLM before 0.33 frees the KV cache in a sleep without a word; leave enable_sleep_mode off to use kvmp"
 
 
-def wished_layout() -> str | None:
-    """The memory order of the KV cache that suits kvmp here: one run a block over all layers."""
-    return "BLHNC" if _is_cuda() else None
+def wished_layout(vllm_config: Any) -> str | None:
+    """The memory order of the KV cache that suits kvmp here: one run a block over all layers. None where it might harm.
+
+    With blocks outermost vLLM cannot cut a block into those of a kernel: before 0.32 it refuses to start where it would
+    have to. So only for the block size that vLLM chose by itself, or its smallest, of a model that kvmp can serve.
+    """
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    chosen = getattr(cache, "user_specified_block_size", False) and (cache.block_size or 0) > _NEVER_CUT_TOKENS
+    # A MultiConnector refuses children of different wishes, and most others have one.
+    if not _is_cuda() or chosen or getattr(model, "is_hybrid", False) or parent_transfer_config() is not None:
+        return None
+    return "BLHNC"
+
+
+def parent_transfer_config() -> Any:
+    """The transfer configuration of the MultiConnector that is calling us, None where none is.
+
+    What it hands to a child says nothing of it, so the callers' frames are looked through.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_qualname in _MULTI_CONNECTOR_CALLS:
+            return frame.f_locals["vllm_config"].kv_transfer_config
+        frame = frame.f_back
+    return None
 
 
 def unsupported_parallel(vllm_config: Any) -> str | None:

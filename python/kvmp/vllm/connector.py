@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
@@ -53,6 +54,13 @@ class KvmpConnector(KVConnectorBase_V1):
         side = SchedulerSide(self._vllm_config, self._kv_cache_config, self._options, logger, self._stats)
         if self._kv_transfer_config.kv_role != "kv_both":
             side.switch_off(f"kv_role is {self._kv_transfer_config.kv_role!r}; set it to 'kv_both'")
+        outer = compat.parent_transfer_config()
+        if outer is not None and outer.kv_load_failure_policy != "recompute":
+            logger.warning(
+                "kvmp: a request whose load fails will end with an error: kv_load_failure_policy of the MultiConnector "
+                "is %r; set it to 'recompute', beside its kv_connector",
+                outer.kv_load_failure_policy,
+            )
         self._scheduler = side
 
     def _make_worker(self) -> None:
@@ -89,9 +97,11 @@ class KvmpConnector(KVConnectorBase_V1):
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
         """On a GPU blocks outermost, so that a block is one run of bytes over all layers; on the CPU no wish.
 
-        A wish: a backend that cannot have it keeps its own layout, and kvmp copies what it finds.
+        A wish: a backend that cannot have it keeps its own layout, and kvmp copies what it finds. None beside other
+        connectors.
         """
-        return harmless("get_required_kvcache_layout", compat.wished_layout, lambda: None, logger)
+        wish = partial(compat.wished_layout, vllm_config)
+        return harmless("get_required_kvcache_layout", wish, lambda: None, logger)
 
     # Worker side.
 
@@ -126,7 +136,7 @@ class KvmpConnector(KVConnectorBase_V1):
             self._guard.run("bind_connector_metadata", lambda: side.bind(connector_metadata), None)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Queues this step's loads."""
+        """Queues this step's loads where the bind has not."""
         if (side := self._worker) is not None:
             self._guard.run("start_load_kv", side.start_loads, None)
 
@@ -134,7 +144,7 @@ class KvmpConnector(KVConnectorBase_V1):
         """Nothing: loads are asynchronous, and a request is scheduled after its load has ended."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing: whole blocks are stored, after the forward."""
+        """Nothing: whole blocks are stored, after the forward that filled them."""
 
     def wait_for_save(self) -> None:
         """Queues this step's stores where the bind has not; does not wait, for their blocks are pinned."""

@@ -47,7 +47,13 @@ class Loads:
 
         Args:
             table: all engine blocks of the request.
+
+        A load that does not begin and end with a block is reported failed.
         """
+        if state.local_tokens % self._block_tokens or tokens % self._block_tokens:
+            # Of a part of a block vLLM would take the rest for loaded.
+            self.plan_failed(state, table, tokens)
+            return
         first = state.local_tokens // self._block_tokens
         block_ids = np.array(table[first : first + tokens // self._block_tokens], np.int64)
         lease = state.answer.lease if state.answer is not None else None

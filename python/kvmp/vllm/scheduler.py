@@ -17,6 +17,7 @@ from kvmp.vllm.shares import share_parts
 from kvmp.vllm.spec import SpecRefusedError, build_spec, ordered_parts
 from kvmp.vllm.stats import KvmpStats
 from kvmp.vllm.stores import Stores
+from kvmp.vllm.sync_loads import SyncLoads
 
 
 class SchedulerSide:
@@ -33,6 +34,7 @@ class SchedulerSide:
         self._pool: Any = None
         self._block_tokens = 0
         self._requests: dict[str, RequestState] = {}
+        self._sync_loads = SyncLoads(vllm_config.max_concurrent_batches)
         self._shares: tuple[Share, ...] = ()
         self._link: Link | None = None
         self._lookups: Lookups | None = None
@@ -173,6 +175,7 @@ class SchedulerSide:
         """This step's work: loads planned, stores granted; puts up what this step fills."""
         if self._loads is None:
             return StepMeta()
+        self._sync_loads.begin_step(scheduler_output)
         if self._lookups is not None:
             self._lookups.begin_step()
         if self._stores is not None:
@@ -198,12 +201,11 @@ class SchedulerSide:
     def _put_up_filled(self, scheduler_output: Any) -> None:
         if self._off or not self._link.up:
             return
-        if getattr(scheduler_output, "has_sync_kv_loads", False):
-            # Another connector's, under a MultiConnector: whether those blocks were loaded is known after this step.
-            return
         for req_id, tokens in _tokens_after_step(scheduler_output):
             state = self._requests.get(req_id)
             if state is None or not state.cacheable or state.tainted or not self._stores.open_for(state):
+                continue
+            if self._sync_loads.may_have_failed(req_id):
                 continue
             full = self._full_blocks(state.request, tokens)
             if full > state.stored_blocks:

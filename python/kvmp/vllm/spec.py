@@ -148,6 +148,11 @@ def ordered_parts(parts: Mapping[tuple[int, int], PartMeta], vllm_config: Any) -
             f"{', '.join(map(str, missing)) or 'out of range'} has the cause"
         )
     for index, meta in by_index.items():
+        if not isinstance(meta, PartMeta):
+            raise SpecRefusedError(
+                f"the worker of rank {index} answered with {type(meta).__name__}: a MultiConnector hands on the first "
+                "child's answer only, so kvmp cannot be used beside a connector that answers itself"
+            )
         if meta.off:
             raise SpecRefusedError(meta.off)
         if meta.rank != index:
