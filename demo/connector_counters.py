@@ -18,7 +18,8 @@ class ConnectorCounters(StatLoggerBase):
 
     def record(self, scheduler_stats: Any, *_args: Any, **_options: Any) -> None:
         if counted := scheduler_stats and scheduler_stats.kv_connector_stats:
-            totals.aggregate(KvmpStats(counted))
+            # A MultiConnector counts for each of its connectors.
+            totals.aggregate(KvmpStats(counted.get("KvmpConnector", counted)))
 
     def log_engine_initialized(self) -> None:
         pass

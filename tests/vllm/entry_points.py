@@ -141,6 +141,7 @@ SANE: dict[str, Callable[[Any], bool]] = {
     "requires_kv_delivery": lambda result: result is False,
     "get_required_kvcache_layout": lambda result: result is None,
     "build_kv_connector_stats": lambda result: type(result).__name__ == "KvmpStats",
+    "build_prom_metrics": lambda result: type(result).__name__ == "KvmpPromMetrics",
 }
 
 

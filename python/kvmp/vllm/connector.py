@@ -13,6 +13,7 @@ from kvmp.config import ConnectorConfig
 from kvmp.vllm import compat, unreachable, version
 from kvmp.vllm.guard import Guard, harmless
 from kvmp.vllm.metadata import PartMeta, StepMeta, WorkerReport
+from kvmp.vllm.prometheus import KvmpPromMetrics
 from kvmp.vllm.scheduler import SchedulerSide
 from kvmp.vllm.stats import KvmpStats
 from kvmp.vllm.step_waits import StepWaits
@@ -92,6 +93,13 @@ class KvmpConnector(KVConnectorBase_V1):
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KvmpStats:
         """The counters of another process as an object again; none at all rather than an error in the front end."""
         return harmless("build_kv_connector_stats", lambda: KvmpStats(data), KvmpStats, logger)
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+    ) -> KvmpPromMetrics:
+        """The counters as Prometheus metrics, in the front end's process."""
+        return KvmpPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:

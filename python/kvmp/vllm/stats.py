@@ -6,28 +6,28 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 
-# Every counter, with its unit in its name or "number of" by default.
-COUNTERS = (
-    "attached",  # 1 while a server serves this engine, 0 while it works without its cache
-    "lookups",  # lookups sent
-    "lookup_timeouts",  # lookups given up after kvmp.timeout_ms
-    "lookup_wait_us",  # how long requests were held back for an answer; others ran meanwhile
-    "longest_hold_us",  # the latest that a request was told to wait on, from when vLLM first asked for it
-    "hit_tokens",  # tokens an answer offered
-    "loaded_tokens",
-    "loaded_blocks",
-    "failed_load_blocks",  # recomputed by the engine
-    "damaged_blocks",  # found to be other bytes than were stored, with kvmp.verify
-    "stored_blocks",  # committed by every rank
-    "failed_store_blocks",  # granted, but aborted or lost on the way
-    "refused_store_blocks",  # the server had no room, or no parent, or did not admit them
-    "reserve_timeouts",
-    "busy",  # lookups and stores put off to the next step: too many requests were open
-    "errors",  # turned into a miss or "not stored"
-    "step_us",  # time spent in the connector by the engine's threads
-    "longest_call_us",  # the longest of these calls
-    "longest_step_wait_us",  # what these calls really waited in a step, at most; bounded by kvmp.timeout_ms
-)
+# Every counter and what it counts.
+COUNTERS = {
+    "attached": "1 while a server serves this engine, 0 while it works without its cache",
+    "lookups": "lookups sent",
+    "lookup_timeouts": "lookups given up after kvmp.timeout_ms",
+    "lookup_wait_us": "how long requests were held back for an answer, microseconds; others ran meanwhile",
+    "longest_hold_us": "the latest that a request was told to wait on, from when vLLM first asked for it, microseconds",
+    "hit_tokens": "tokens that answers offered",
+    "loaded_tokens": "tokens loaded",
+    "loaded_blocks": "blocks loaded",
+    "failed_load_blocks": "blocks whose load failed, computed anew by the engine",
+    "damaged_blocks": "blocks found to be other bytes than were stored, with kvmp.verify",
+    "stored_blocks": "blocks committed by every rank",
+    "failed_store_blocks": "blocks granted, but aborted or lost on the way",
+    "refused_store_blocks": "blocks for which the server had no room or no parent, or that it did not admit",
+    "reserve_timeouts": "stores given up after kvmp.timeout_ms",
+    "busy": "lookups and stores put off to the next step, as too many requests were open",
+    "errors": "failures turned into a miss or into blocks that were not stored",
+    "step_us": "time spent in the connector by the engine's threads, microseconds",
+    "longest_call_us": "the longest of these calls, microseconds",
+    "longest_step_wait_us": "what these calls waited in a step at most, microseconds; bounded by kvmp.timeout_ms",
+}
 MAXIMA = frozenset({"longest_call_us", "longest_hold_us", "longest_step_wait_us"})
 GAUGES = frozenset({"attached"})
 _NO_NEWS = frozenset({"step_us", "longest_call_us"})
