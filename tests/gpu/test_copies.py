@@ -1,4 +1,8 @@
-"""Copies between a GPU and the arena, byte for byte, held against what the CPU path finds in the same slots."""
+"""Copies between a GPU and the arena, byte for byte, held against what the CPU path finds in the same slots.
+
+All of the arena is registered before the first copy, so that each goes the way that its test names;
+test_unregistered.py has those of memory that CUDA does not know.
+"""
 
 from __future__ import annotations
 
@@ -13,87 +17,31 @@ from kvmp import _kvmp  # noqa: E402
 from kvmp.errors import InvalidInput  # noqa: E402
 from kvmp.paged import PagedKV  # noqa: E402
 from kvmp.server import Server  # noqa: E402
-from tests.gpu.rig import engine, served, until  # noqa: E402
+from tests.gpu.rig import engine, served  # noqa: E402
+from tests.gpu.tensors import (  # noqa: E402
+    BLOCKS,
+    Twin,
+    bits,
+    heads_outermost,
+    kernel_blocks,
+    noise,
+    odd_bytes,
+    on_cpu,
+    outermost_blocks,
+    outermost_layers,
+)
 
 pytestmark = pytest.mark.gpu
 
-BLOCKS = 300
 WAYS = ["batch", "single", "gather"]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with served("2GiB") as server:
-        yield server
-
-
-def noise(*shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> torch.Tensor:
-    """Random bytes, seen as `dtype`."""
-    count = int(np.prod(shape)) * dtype.itemsize
-    return torch.randint(0, 256, (count,), dtype=torch.uint8, device=device).view(dtype).view(*shape)
-
-
-def outermost_blocks(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """BLHNC: a block is one run over four layers."""
-    whole = noise(BLOCKS, 4, 2, 16, 64, dtype=dtype)
-    return {f"layer.{at}": whole[:, at] for at in range(4)}
-
-
-def outermost_layers(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """LBHNC: a run a layer and block."""
-    whole = noise(4, BLOCKS, 2, 16, 64, dtype=dtype)
-    return {f"layer.{at}": whole[at] for at in range(4)}
-
-
-def kernel_blocks(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Four kernel blocks a block."""
-    return {"layer": noise(4 * BLOCKS, 2, 16, 64, dtype=dtype)}
-
-
-def heads_outermost(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """LHBNC: short runs, far apart."""
-    return {"layer": noise(8, BLOCKS, 16, 64, dtype=dtype).transpose(0, 1)}
-
-
-def odd_bytes(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Runs that are no whole vectors, behind a start that is none either: the kernel cannot have them."""
-    return {"layer": noise(BLOCKS * 77 + 3, dtype=dtype)[3:].view(BLOCKS, 7, 11)[:, :, :9]}
-
-
 LAYOUTS = [outermost_blocks, outermost_layers, kernel_blocks, heads_outermost, odd_bytes]
 DTYPES = [torch.uint8, torch.bfloat16, torch.float8_e4m3fn, torch.float32]
 
 
-def on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same shapes and strides on the CPU, zeroed."""
-    made = {}
-    for name, tensor in tensors.items():
-        span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-        made[name] = torch.zeros(span, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride())
-    return made
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
-    return tensor.view(integer).cpu()
-
-
-def rows(tensor: torch.Tensor, blocks: np.ndarray) -> torch.Tensor:
-    """The named blocks of a tensor on the CPU, kernel blocks one behind the other."""
-    ratio = tensor.shape[0] // BLOCKS
-    return bits(tensor).unflatten(0, (BLOCKS, ratio))[torch.from_numpy(blocks)]
-
-
-def registered_all(paged: PagedKV) -> bool:
-    done, of, failure = paged.lanes.registration()
-    assert failure is None
-    return done == of > 0
-
-
-def with_way(paged: PagedKV, way: str) -> PagedKV:
-    paged._lanes = _kvmp.CudaLanes(paged._layout, way)
-    assert paged.lanes.way == way
-    return paged
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with served("1GiB") as server:
+        yield server
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -104,28 +52,20 @@ def test_what_is_stored_is_what_the_cpu_finds_and_what_is_loaded(
 ) -> None:
     if make is odd_bytes and way == "gather":
         pytest.skip("the kernel moves whole vectors only; test_a_layout_picks_its_way has what is used instead")
-    tensors = make(dtype)
-    paged, rng = with_way(PagedKV(tensors, num_blocks=BLOCKS), way), np.random.default_rng(1)
-    host = on_cpu(tensors)
-    mirror = PagedKV(host, num_blocks=BLOCKS)
-    assert mirror.layout() == paged.layout()
-    with engine(server, paged, f"{way}-{make.__name__}-{dtype}") as rig:
-        paged.prepare(rig.worker)
+    twin, rng = Twin(make(dtype), way=way), np.random.default_rng(1)
+    with engine(server, twin.paged, f"{way}-{make.__name__}-{dtype}") as rig:
         for count in (1, 3, BLOCKS - 43):
             source, target = rng.permutation(BLOCKS)[:count], rng.permutation(BLOCKS)[:count]
             hashes, lease = rig.reserve(count)
-            paged.store(rig.worker, rig.joined, source, lease.slots)
+            twin.paged.store(rig.worker, rig.joined, source, lease.slots)
             rig.commit(lease)
             hit = rig.lookup(hashes)
-            assert mirror.load(rig.worker, rig.joined, source, hit.slots(), hit.words()).all()
-            for name, tensor in tensors.items():
-                assert torch.equal(rows(host[name], source), rows(tensor, source)), f"{count} blocks of {name}"
-            expected = {name: bits(tensor).clone() for name, tensor in tensors.items()}
-            for name, tensor in expected.items():
-                grouped = tensor.unflatten(0, (BLOCKS, -1))
-                grouped[torch.from_numpy(target)] = rows(tensors[name], source)
-            assert paged.load(rig.worker, rig.joined, target, hit.slots(), hit.words()).all()
-            for name, tensor in tensors.items():
+            twin.check_slots(rig, source, hit)
+            expected = {name: bits(tensor).clone() for name, tensor in twin.tensors.items()}
+            for name, rows in twin.rows(source).items():
+                expected[name].unflatten(0, (BLOCKS, -1))[torch.from_numpy(target)] = rows
+            assert twin.paged.load(rig.worker, rig.joined, target, hit.slots(), hit.words()).all()
+            for name, tensor in twin.tensors.items():
                 assert torch.equal(bits(tensor), expected[name]), f"{name}: other bytes than those named have changed"
             hit.release()
 
@@ -139,9 +79,8 @@ def test_a_layout_picks_its_way(server: Server) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_copy_goes_behind_the_work_that_was_given_to_the_gpu_before(server: Server, way: str) -> None:
-    tensors = outermost_blocks(torch.bfloat16)
-    paged = with_way(PagedKV(tensors), way)
-    ids = np.arange(64)
+    twin, ids = Twin(outermost_blocks(torch.bfloat16), way=way), np.arange(64)
+    paged, tensors = twin.paged, twin.tensors
     with engine(server, paged, f"order-{way}") as rig:
         hashes, lease = rig.reserve(64)
         torch.cuda._sleep(200_000_000)
@@ -161,20 +100,16 @@ def test_a_copy_goes_behind_the_work_that_was_given_to_the_gpu_before(server: Se
 
 def test_a_submitted_copy_leaves_the_engines_stream_and_thread_alone(server: Server) -> None:
     """The copy is behind an event that comes late: submitting it returns at once, and other streams go on."""
-    tensors = outermost_blocks(torch.bfloat16)
-    paged, bell = PagedKV(tensors), _kvmp.Bell()
-    ids = np.arange(256)
-    with engine(server, paged, "aside") as rig:
-        paged.prepare(rig.worker)
-        until("all of the arena is registered", lambda: registered_all(paged))
-        _, lease = rig.reserve(256)
+    twin, bell, ids = Twin(outermost_blocks(torch.bfloat16)), _kvmp.Bell(), np.arange(256)
+    with engine(server, twin.paged, "aside") as rig:
+        hashes, lease = rig.reserve(256)
         other_work = lambda: torch.zeros(1 << 20, device="cuda").sum().item()  # noqa: E731
         other_work()  # its kernels are loaded when they are first used, which waits for the whole GPU
         engine_stream = torch.cuda.Stream()
         with torch.cuda.stream(engine_stream):
             torch.cuda._sleep(2_000_000_000)
             late = engine_stream.record_event()
-        copy = paged.begin_store(
+        copy = twin.paged.begin_store(
             rig.worker,
             rig.joined,
             ids,
@@ -190,6 +125,7 @@ def test_a_submitted_copy_leaves_the_engines_stream_and_thread_alone(server: Ser
         copy.wait()
         assert late.query()
         rig.commit(lease)
+        twin.check_slots(rig, ids, rig.lookup(hashes))
 
 
 def test_a_load_and_a_store_at_once(server: Server) -> None:
