@@ -33,7 +33,7 @@ def pages_by_node(path: Path) -> dict[str, int]:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ) as mapped:
         mapped.madvise(POPULATE_READ)
         lines = Path("/proc/self/numa_maps").read_text().splitlines()
-        # The server is in this process: it has mapped parts of the file itself.
+        # Clients in this process may have mapped parts of the file too.
         counts = [re.findall(r"(N\d+)=(\d+)", line) for line in lines if f"file={path} " in line]
         mappings = [{node: int(count) for node, count in mapping} for mapping in counts]
         return max(mappings, key=lambda pages: sum(pages.values()))
