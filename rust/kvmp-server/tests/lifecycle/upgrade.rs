@@ -83,9 +83,14 @@ fn a_server_that_a_signal_has_stopped_is_waited_for_and_not_asked() {
     starts.iter().for_each(|start| start.says("waiting for it to go on"));
     old.signal(Signal::CONT);
     assert_eq!(old.wait().code(), Some(0));
-    until("one of them gives up", || starts.iter_mut().any(|start| !start.is_running()));
-    starts.sort_by_key(|start| start.log().contains("already runs"));
-    let [winner, loser] = &mut starts;
+    // By what has ended: its last words may still be on their way through the pipe.
+    let mut first_ended = None;
+    until("one of them gives up", || {
+        first_ended = starts.iter_mut().position(|start| !start.is_running());
+        first_ended.is_some()
+    });
+    starts.swap(0, first_ended.unwrap());
+    let [loser, winner] = &mut starts;
     winner.says("ready:");
     assert_eq!(loser.wait().code(), Some(1));
     assert!(loser.log().contains(&format!("(pid {}) already runs", winner.pid())), "{}", loser.log());
