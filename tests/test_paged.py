@@ -237,6 +237,15 @@ def test_no_tensors_or_no_common_number_of_blocks_is_refused():
         PagedKV({"a": torch.zeros(4, 2), "b": torch.zeros(8, 2)})
 
 
+def test_on_the_cpu_there_is_no_way_to_choose_and_no_arena_to_forget():
+    kv = PagedKV({"a": torch.zeros(4, 2)})
+    assert (kv.lanes, kv.block_layout.device, kv.block_layout.num_blocks) == (None, None, 4)
+    np.testing.assert_array_equal(kv.block_layout.runs, runs_of({"a": kv._tensors["a"]}, 4))
+    kv.forget(Recorder())
+    with pytest.raises(InvalidInput, match="way: 'batch' is how a CUDA device copies"):
+        PagedKV({"a": torch.zeros(4, 2)}, way="batch")
+
+
 class Recorder:
     """Stands for a client: keeps what reaches it."""
 

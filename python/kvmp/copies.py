@@ -16,7 +16,10 @@ class Copy(Protocol):
     """A copy that was begun."""
 
     def has_ended(self) -> bool:
-        """Whether the last byte has moved. Raises DeviceError where the device failed: what was moved is garbage."""
+        """Whether the last byte has moved; often asked, it costs nothing.
+
+        Raises DeviceError where the device failed, which may be seen a moment later: what was moved is garbage.
+        """
 
     def wait(self) -> None:
         """Sleeps until the last byte has moved; raises as :meth:`has_ended`."""

@@ -1,9 +1,13 @@
 """Whose session a worker is in: left once is left for good, and the scheduler side makes a new one."""
 
+import time
+
 import fakes
 import pytest
 from engine import PROMPT, results_of, stored, until
+from fake_device import DevicePaged
 
+from kvmp import errors
 from kvmp.vllm.joined import Membership
 from kvmp.vllm.metadata import SessionRef
 
@@ -193,14 +197,20 @@ def test_a_refusal_holds_for_its_session_and_namespace_only(make, server, same_s
     assert len(caplog_vllm.warnings()) == 1
 
 
-def test_a_mapping_is_kept_for_the_servers_next_life_and_not_for_ever(server):
-    now = [0.0]
-    membership = Membership(0, "{}", None, connect=server.connect, clock=lambda: now[0])
+def joining(membership, server):
+    """Joins a session of that token, and gives its client."""
 
     def join(token):
         membership.join(SessionRef("unix:/fake", token, server.epoch, server.segment), None)
         return membership.client
 
+    return join
+
+
+def test_a_mapping_is_kept_for_the_servers_next_life_and_not_for_ever(server):
+    now = [0.0]
+    membership = Membership(0, "{}", None, connect=server.connect, clock=lambda: now[0])
+    join = joining(membership, server)
     first = join(7)
     membership.close()
     now[0] = 59.0
@@ -208,10 +218,68 @@ def test_a_mapping_is_kept_for_the_servers_next_life_and_not_for_ever(server):
     assert membership.watchful
     second = join(8)
     membership.close()
+    assert membership.take_dropped() == []
     now[0] += 61.0
     membership.watch()
     assert not membership.watchful
+    assert membership.take_dropped() == [second]
     join(9)
     assert server.reused == [None, first, None]
     assert second is not first
     membership.close()
+    assert membership.take_dropped() == []
+
+
+def test_a_mapping_of_another_segment_is_dropped_at_once(server):
+    membership = Membership(0, "{}", None, connect=server.connect)
+    join = joining(membership, server)
+    first = join(7)
+    membership.close()
+    server.segment = "segment-2"
+    second = join(8)
+    assert membership.take_dropped() == [first]
+    server.segment = "segment-3"
+    join(9)
+    assert membership.take_dropped() == [second]
+    assert second.closed
+    membership.close()
+
+
+def test_a_mapping_is_taken_over_from_a_session_that_is_still_joined(server):
+    membership = Membership(0, "{}", None, connect=server.connect)
+    join = joining(membership, server)
+    first = join(7)
+    join(8)
+    assert server.reused == [None, first]
+    assert first.closed
+    assert membership.take_dropped() == []
+    membership.close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_device_knows_of_an_arena_is_let_go_of_with_its_mapping(make, server, gpu, fails):
+    """A segment may be removed, or its server stay away: its memory must not stay pinned until the engine ends."""
+    forgotten = []
+
+    class Paged(DevicePaged):
+        def forget(self, client):
+            forgotten.append(client)
+            if fails:
+                raise errors.DeviceError("no")
+
+    gpu.at_once = True
+    engine = make(paged=lambda tensors, *, num_blocks=None: Paged(gpu, tensors, num_blocks))
+    stored(engine)
+    membership = membership_of(engine)
+    client = membership.client
+    server.gone = True
+    until(lambda: not membership.joined, "left the server that is gone")
+    until(lambda: membership.watchful, "its mapping kept")
+    assert not forgotten
+    membership._clock = lambda: time.monotonic() + 61
+    until(lambda: forgotten, "let go of")
+    assert forgotten == [client]
+    server.gone = False
+    until(engine.attached, "back")
+    stored(engine, "next", tokens=PROMPT[2:])
+    assert len(server.blocks) == 8

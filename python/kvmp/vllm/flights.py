@@ -185,7 +185,7 @@ class Flights:
     # End.
 
     def settle_ended(self) -> None:
-        """Settles the jobs whose copies have ended."""
+        """Settles the jobs whose copies have ended, and lets go of arenas that no job will need."""
         ended = [flight for flight in self._flights if self._has_ended(flight)]
         for flight in ended:  # First: `suspend` waits for no answer of the server.
             self._off_tensors(flight)
@@ -196,6 +196,15 @@ class Flights:
                 settle(flight)
             finally:  # Whoever keeps the flight, an error's frames say, keeps no holder entry locked with it.
                 flight.copies = []
+        self._forget_dropped()
+
+    def _forget_dropped(self) -> None:
+        for client in self._membership.take_dropped():
+            try:
+                if self._paged.lanes is not None:  # Only a device knows an arena.
+                    self._paged.forget(client)
+            except BaseException as error:
+                self._note("letting go of an arena failed", error)
 
     def finish(self) -> None:
         """Waits for every copy under way, and settles its job."""
@@ -279,7 +288,7 @@ class Flights:
 
 
 def _await_end(flight: _Flight) -> None:
-    """Sleeps until its copies have ended, with the GIL released; dropped before that, a copy sleeps with it held."""
+    """Sleeps until its copies have ended."""
     for copy in flight.copies:
         with contextlib.suppress(BaseException):  # It has ended; why it failed is seen when it is settled.
             copy.wait()

@@ -77,6 +77,8 @@ class Membership:
         self._closed: set[int] = set()
         # The client left last, closed: the next one takes over its mapping if the segment is the same.
         self._kept: tuple[Any, float] | None = None
+        # Clients whose mapping nobody takes over.
+        self._dropped: list[Any] = []
 
     # The session in use.
 
@@ -96,6 +98,11 @@ class Membership:
         """Engine tokens with which this worker cannot go on; the scheduler side needs a new session."""
         closed, self._closed = frozenset(self._closed), set()
         return closed
+
+    def take_dropped(self) -> list[Any]:
+        """Closed clients whose mapping is kept no longer; whoever else keeps it must let go, for its memory to go."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
 
     @property
     def joined(self) -> bool:
@@ -166,6 +173,8 @@ class Membership:
                 client.close()
             raise self._remember(session, NotJoinedError(f"the server of {session.endpoint} was restarted meanwhile"))
         self.close()
+        if self._kept is not None and self._kept[0].segment_id != client.segment_id:
+            self._dropped.append(self._kept[0])
         self._session, self._client, self._kept = session, client, None
         return client
 
@@ -179,7 +188,7 @@ class Membership:
                 socket_dir=self._socket_dir,
                 timeout_ms=_JOIN_MS,
                 dma=self._dma,
-                reuse=self._kept[0] if self._kept else None,
+                reuse=self._kept[0] if self._kept else self._client,
             )
         except BaseException as error:
             if isinstance(error, errors.ConnectError) and _CLOSED in str(error):
@@ -218,6 +227,7 @@ class Membership:
     def watch(self) -> None:
         """Leaves a server that is gone: until then its successor must take it that this worker still copies."""
         if self._kept is not None and self._clock() >= self._kept[1]:
+            self._dropped.append(self._kept[0])
             self._kept = None
         if self._client is None or not self.lost:
             return

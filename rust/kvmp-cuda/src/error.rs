@@ -18,6 +18,12 @@ pub enum CudaError {
         /// The driver's words.
         why: String,
     },
+    /// The driver is older than CUDA 12.8.
+    #[error("this GPU's driver has no batched copies: they came with CUDA 12.8")]
+    NoBatches,
+    /// Runs, or what lies between them, are no multiples of the kernel's vectors.
+    #[error("the gather kernel moves whole vectors of 16 bytes, and this layout's runs do not consist of such")]
+    NoVectors,
     /// What is to be copied is not what the client's part can hold; no byte has moved.
     #[error(transparent)]
     Input(#[from] ClientError),

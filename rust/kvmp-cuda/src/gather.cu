@@ -1,20 +1,19 @@
 // Moves blocks between paged memory and the arena's registered mapping: each warp a tile of at most 4 KiB at a time.
 //
-// gather.ptx is made from this file, for every GPU since Turing and every driver since 11.8:
-//   nvcc -ptx -arch=compute_75 -O3 gather.cu -o gather.ptx && sed -i 's/^\.version .*/.version 7.8/' gather.ptx
-// Nothing compares the two files: make it anew after every change here, and run tests/gpu.
+// gather.ptx is made from this file, for every GPU since Turing and every driver since 11.8, by the NVRTC that torch brings:
+//   .venv/bin/python -m tests.test_gather_ptx
+// That test fails while it was not made anew after a change here. No CI runs it: then run tests/gpu, too.
 
 struct Tile { unsigned long long addr; long long stride; unsigned long long part_offset; unsigned long long len; };
 struct Pair { unsigned long long part; unsigned long long block; };
 
-constexpr unsigned LANES = 32;
-constexpr unsigned VECTORS = 8;  // 16 bytes each: 32 lanes x 8 x 16 = 4 KiB
-
 extern "C" __global__ void kvmp_gather(const Tile* tiles, unsigned tiles_per_block, const Pair* pairs,
                                        unsigned long long items, unsigned to_arena) {
-    const unsigned lane = threadIdx.x % LANES;
-    const unsigned long long warps = (unsigned long long)gridDim.x * blockDim.x / LANES;
-    unsigned long long item = ((unsigned long long)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
+    constexpr unsigned WARP = 32;    // threads
+    constexpr unsigned VECTORS = 8;  // a thread, of 16 bytes each: 32 x 8 x 16 = 4 KiB
+    const unsigned thread = threadIdx.x % WARP;
+    const unsigned long long warps = (unsigned long long)gridDim.x * blockDim.x / WARP;
+    unsigned long long item = ((unsigned long long)blockIdx.x * blockDim.x + threadIdx.x) / WARP;
     for (; item < items; item += warps) {
         const Pair pair = pairs[item / tiles_per_block];
         const Tile tile = tiles[item % tiles_per_block];
@@ -26,9 +25,9 @@ extern "C" __global__ void kvmp_gather(const Tile* tiles, unsigned tiles_per_blo
         uint4 held[VECTORS];
 #pragma unroll
         for (unsigned k = 0; k < VECTORS; ++k)
-            if (lane + k * LANES < vectors) held[k] = __ldcv(from + lane + k * LANES);
+            if (thread + k * WARP < vectors) held[k] = __ldcv(from + thread + k * WARP);
 #pragma unroll
         for (unsigned k = 0; k < VECTORS; ++k)
-            if (lane + k * LANES < vectors) __stcs(to + lane + k * LANES, held[k]);
+            if (thread + k * WARP < vectors) __stcs(to + thread + k * WARP, held[k]);
     }
 }

@@ -15,7 +15,8 @@ use crate::{CudaError, Device};
 const PTX: &str = concat!(include_str!("gather.ptx"), "\0");
 
 const THREADS: u32 = 512;
-const LANES: u32 = 32;
+/// Threads of a warp.
+const WARP: u32 = 32;
 /// Pairs that a table has room for at least, and tables made at the start.
 const TABLE_PAIRS: usize = 4096;
 const TABLES: usize = 4;
@@ -41,6 +42,9 @@ unsafe impl Sync for Gather {}
 
 impl Gather {
     pub fn new(device: &Arc<Device>, layout: &DeviceLayout, width: u32) -> Result<Self, CudaError> {
+        if layout.tiles().is_empty() {
+            return Err(CudaError::NoVectors);
+        }
         let _here = device.enter()?;
         // SAFETY: text that ends in NUL.
         let module = unsafe { result::module::load_data(PTX.as_ptr().cast()) }.doing("loading the gather kernel")?;
@@ -63,12 +67,19 @@ impl Gather {
     }
 
     /// A table with the room for so many pairs; it goes back with [`Self::give_back`] once the copy has ended.
+    ///
+    /// One is made where none is free, also while the engine serves; it is kept, so there are never more than copies that
+    /// were under way at once, for the usual ones 64 KiB on the GPU and as much pinned each.
     pub fn table(&self, pairs: usize) -> Result<Table, CudaError> {
-        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
-        match tables.iter().position(|table| table.room >= pairs) {
-            Some(at) => Ok(tables.swap_remove(at)),
+        match self.free_table(pairs) {
+            Some(table) => Ok(table),
             None => Table::new(&self.device, pairs.next_power_of_two().max(TABLE_PAIRS)),
         }
+    }
+
+    fn free_table(&self, pairs: usize) -> Option<Table> {
+        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        tables.iter().position(|table| table.room >= pairs).map(|at| tables.swap_remove(at))
     }
 
     /// Takes back a table whose copy has ended.
@@ -100,10 +111,16 @@ impl Gather {
 
     /// # Safety
     /// As [`Self::submit`].
-    unsafe fn launch(&self, way: Direction, table: &Table, pairs: usize, stream: &Stream) -> Result<(), CudaError> {
+    unsafe fn launch(
+        &self,
+        direction: Direction,
+        table: &Table,
+        pairs: usize,
+        stream: &Stream,
+    ) -> Result<(), CudaError> {
         let mut items = pairs as u64 * u64::from(self.tile_count);
         let (mut tiles, mut tile_count, mut pairs) = (self.tiles.address, self.tile_count, table.device.address);
-        let mut to_arena = u32::from(way == Direction::Store);
+        let mut to_arena = u32::from(direction == Direction::Store);
         let mut arguments: [*mut std::ffi::c_void; 5] = [
             (&raw mut tiles).cast(),
             (&raw mut tile_count).cast(),
@@ -111,7 +128,7 @@ impl Gather {
             (&raw mut items).cast(),
             (&raw mut to_arena).cast(),
         ];
-        let wanted = items.div_ceil(u64::from(THREADS / LANES));
+        let wanted = items.div_ceil(u64::from(THREADS / WARP));
         let grid = (u64::from(self.width).min(wanted) as u32, 1, 1);
         // SAFETY: the arguments are the kernel's, in its order; the driver copies them before it returns.
         unsafe { result::launch_kernel(self.function, grid, (THREADS, 1, 1), 0, stream.raw(), &mut arguments) }

@@ -1,12 +1,13 @@
 //! Two streams, one a direction, and the ways to move bytes on them.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kvmp_client::PartsAt;
 use kvmp_client::copy::{check_load, check_store};
 use kvmp_core::sync::{Ordering, fence};
 
 use crate::batch::Copies;
+use crate::end::{Asked, End};
 use crate::gather::{Gather, Table};
 use crate::plan::{DeviceLayout, Pair};
 use crate::stream::{Event, Stream};
@@ -66,6 +67,9 @@ pub struct Lanes {
     gather: Option<Gather>,
     load: Stream,
     store: Stream,
+    /// Events of copies that have ended, for the next ones.
+    events: Mutex<Vec<Event>>,
+    asked: Asked,
     device: Arc<Device>,
 }
 
@@ -75,10 +79,11 @@ impl Lanes {
     /// `way` left out takes what is fastest for the layout's runs; `width` is how many multiprocessors the kernel may take.
     ///
     /// # Errors
-    /// The driver refuses, or has no such way.
+    /// The driver refuses or, like the layout, has no such way.
     pub fn new(device: &Arc<Device>, layout: DeviceLayout, way: Option<Way>, width: u32) -> Result<Self, CudaError> {
         let (way, gather) = match way {
             Some(Way::Gather) => (Way::Gather, Some(Gather::new(device, &layout, width)?)),
+            Some(Way::Batch) if !has_batches(device) => return Err(CudaError::NoBatches),
             Some(way) => (way, None),
             None => best(device, &layout, width),
         };
@@ -88,6 +93,8 @@ impl Lanes {
             gather,
             load: Stream::new(Arc::clone(device))?,
             store: Stream::new(Arc::clone(device))?,
+            events: Mutex::default(),
+            asked: Asked::default(),
             device: Arc::clone(device),
         })
     }
@@ -126,8 +133,12 @@ impl Lanes {
         let mut table = None;
         // SAFETY: the caller's obligations, passed on; the parts were found to lie in the arena.
         let submitted = unsafe { self.enqueue(direction, &order, &pairs, stream, &mut table) };
-        match submitted.and_then(|()| end_of(stream, order.bell)) {
-            Ok(event) => Ok(Transfer::new(event, order.at, Arc::clone(order.registered), Arc::clone(self), table)),
+        let end = Arc::new(End::new(order.bell.cloned()));
+        match submitted.and_then(|()| self.marked(stream, &end)) {
+            Ok(event) => {
+                let (registered, lanes) = (Arc::clone(order.registered), Arc::clone(self));
+                Ok(Transfer::new(event, end, table, order.at, registered, lanes))
+            }
             Err(error) => {
                 // Part of it may be under way: only when that has ended may the parts be another's.
                 stream.finish();
@@ -182,28 +193,40 @@ impl Lanes {
         parts
     }
 
-    /// Takes back the table of a copy that has ended.
-    pub(crate) fn give_back(&self, table: Table) {
-        if let Some(gather) = &self.gather {
+    /// The event behind all that was submitted; its end will be told.
+    fn marked(&self, stream: &Stream, end: &Arc<End>) -> Result<Event, CudaError> {
+        let free = self.events.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let event = free.map_or_else(|| Event::new(Arc::clone(&self.device)), Ok)?;
+        event.record(stream)?;
+        stream.tell_at_end(end)?;
+        Ok(event)
+    }
+
+    /// Takes back what a copy that has ended had.
+    pub(crate) fn give_back(&self, event: Event, table: Option<Table>) {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner).push(event);
+        if let (Some(gather), Some(table)) = (&self.gather, table) {
             gather.give_back(table);
         }
     }
+
+    /// When the driver is asked how copies stand.
+    pub(crate) fn asked(&self) -> &Asked {
+        &self.asked
+    }
 }
 
-/// The event behind all that was submitted, with a ring of the bell.
-fn end_of(stream: &Stream, bell: Option<&Arc<Bell>>) -> Result<Event, CudaError> {
-    let event = Event::after(stream)?;
-    bell.map_or(Ok(()), |bell| stream.ring_at_end(bell))?;
-    Ok(event)
+fn has_batches(device: &Device) -> bool {
+    device.has("cuMemcpyBatchAsync")
 }
 
 /// What is fastest for the layout's runs, of what this driver can do.
 fn best(device: &Arc<Device>, layout: &DeviceLayout, width: u32) -> (Way, Option<Gather>) {
-    if layout.run_bytes() < GATHER_BELOW && !layout.tiles().is_empty() {
-        // A driver that cannot have the kernel has the copy engines still.
+    if layout.run_bytes() < GATHER_BELOW {
+        // Where the driver or the layout cannot have the kernel, there are the copy engines still.
         if let Ok(gather) = Gather::new(device, layout, width) {
             return (Way::Gather, Some(gather));
         }
     }
-    (if device.has("cuMemcpyBatchAsync") { Way::Batch } else { Way::Single }, None)
+    (if has_batches(device) { Way::Batch } else { Way::Single }, None)
 }

@@ -11,6 +11,7 @@
 mod batch;
 mod bell;
 mod device;
+mod end;
 mod error;
 mod gather;
 mod lanes;

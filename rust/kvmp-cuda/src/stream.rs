@@ -5,8 +5,9 @@ use std::sync::Arc;
 use cudarc::driver::result::{event, stream};
 use cudarc::driver::sys;
 
+use crate::end::End;
 use crate::error::Doing;
-use crate::{Bell, CudaError, Device};
+use crate::{CudaError, Device};
 
 /// A stream of its own, of the lowest priority: the engine's work goes first.
 #[derive(Debug)]
@@ -39,14 +40,14 @@ impl Stream {
         unsafe { stream::wait_event(self.raw, event as sys::CUevent, flags) }.doing("waiting for the engine's event")
     }
 
-    /// Rings the bell once all that was submitted has ended.
-    pub fn ring_at_end(&self, bell: &Arc<Bell>) -> Result<(), CudaError> {
-        let bell = Arc::into_raw(Arc::clone(bell)).cast_mut().cast();
-        // SAFETY: `ring` takes back the reference given here; where the driver refuses, it is taken back below.
-        let done = unsafe { stream::launch_host_function(self.raw, ring, bell) }.doing("asking to be told of the end");
+    /// Tells `end` once all that was submitted has ended well.
+    pub fn tell_at_end(&self, end: &Arc<End>) -> Result<(), CudaError> {
+        let end = Arc::into_raw(Arc::clone(end)).cast_mut().cast();
+        // SAFETY: `tell` takes back the reference given here; where the driver refuses, it is taken back below.
+        let done = unsafe { stream::launch_host_function(self.raw, tell, end) }.doing("asking to be told of the end");
         if done.is_err() {
-            // SAFETY: refused, so `ring` never runs, and the reference is still ours.
-            drop(unsafe { Arc::from_raw(bell.cast::<Bell>()) });
+            // SAFETY: refused, so `tell` never runs, and the reference is still ours.
+            drop(unsafe { Arc::from_raw(end.cast::<End>()) });
         }
         done
     }
@@ -59,11 +60,11 @@ impl Stream {
 }
 
 /// # Safety
-/// `bell` is a reference that `Arc::into_raw` gave away, for this one call.
-unsafe extern "C" fn ring(bell: *mut std::ffi::c_void) {
-    // SAFETY: the reference that `ring_at_end` gave away, once.
-    let bell = unsafe { Arc::from_raw(bell.cast::<Bell>()) };
-    bell.ring();
+/// `end` is a reference that `Arc::into_raw` gave away, for this one call.
+unsafe extern "C" fn tell(end: *mut std::ffi::c_void) {
+    // SAFETY: the reference that `tell_at_end` gave away, once.
+    let end = unsafe { Arc::from_raw(end.cast::<End>()) };
+    end.tell();
 }
 
 impl Drop for Stream {
@@ -87,18 +88,21 @@ unsafe impl Send for Event {}
 unsafe impl Sync for Event {}
 
 impl Event {
-    /// Recorded behind all that was submitted to `stream`.
-    pub fn after(stream: &Stream) -> Result<Self, CudaError> {
+    pub fn new(device: Arc<Device>) -> Result<Self, CudaError> {
+        let _here = device.enter()?;
         // Who waits for it sleeps: the engine needs the core.
         let flags =
             sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32 | sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
         let mut raw = std::ptr::null_mut();
         // SAFETY: a place for the handle.
         unsafe { sys::cuEventCreate(&raw mut raw, flags) }.result().doing("making an event")?;
-        let event = Self { raw, device: Arc::clone(&stream.device) };
+        Ok(Self { raw, device })
+    }
+
+    /// Puts it behind all that was submitted to `stream`, wherever it was before.
+    pub fn record(&self, stream: &Stream) -> Result<(), CudaError> {
         // SAFETY: both live.
-        unsafe { event::record(raw, stream.raw) }.doing("recording an event")?;
-        Ok(event)
+        unsafe { event::record(self.raw, stream.raw) }.doing("recording an event")
     }
 
     /// Whether all before it has ended.
@@ -122,7 +126,7 @@ impl Event {
 impl Drop for Event {
     fn drop(&mut self) {
         let Ok(_here) = self.device.enter() else { return };
-        // SAFETY: made by `after`, destroyed once.
+        // SAFETY: made by `new`, destroyed once.
         let _ = unsafe { event::destroy(self.raw) };
     }
 }

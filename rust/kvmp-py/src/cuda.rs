@@ -1,51 +1,25 @@
-//! Copies between a GPU and the arena: `CudaLanes`, `Transfer`, and the `Bell` that tells of their end.
+//! `CudaLanes`: begins copies between a GPU and the arena.
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvmp_cuda::{CudaError, Device, DeviceLayout, Direction, Lanes, Order, Registered, Registration, Way};
 use pyo3::prelude::*;
 
 use crate::arguments::list;
+use crate::bell::Bell;
 use crate::blocks::block_ids;
 use crate::client::Client;
 use crate::errors::{Class, OrRaise, from_client, invalid, raise};
 use crate::layout::BlockLayout;
 use crate::namespace::Namespace;
 use crate::numbers::{integer, name, optional};
+use crate::transfer::{Transfer, drop_detached};
 
-fn from_cuda(py: Python<'_>, error: &CudaError) -> PyErr {
+/// The one place that turns what a GPU refuses into Python's exceptions.
+pub fn from_cuda(py: Python<'_>, error: &CudaError) -> PyErr {
     match error {
         CudaError::Input(error) => from_client(py, error),
         other => raise(py, Class::Device, other.to_string()),
-    }
-}
-
-/// Wakes the one thread that waits for whatever comes next: a job, or the end of a copy.
-#[pyclass(frozen, module = "kvmp._kvmp")]
-pub struct Bell {
-    inner: Arc<kvmp_cuda::Bell>,
-}
-
-#[pymethods]
-impl Bell {
-    #[new]
-    fn new() -> Self {
-        Self { inner: Arc::default() }
-    }
-
-    /// Ends the wait under way, or else the next one.
-    fn ring(&self) {
-        self.inner.ring();
-    }
-
-    /// Waits until rung, at most `wait_s` seconds (None: for ever); whether it was.
-    #[pyo3(signature = (wait_s=None))]
-    fn wait(&self, py: Python<'_>, wait_s: Option<f64>) -> PyResult<bool> {
-        let limit = wait_s.map(Duration::try_from_secs_f64).transpose();
-        let limit =
-            limit.map_err(|_| invalid(py, "wait_s", format!("{wait_s:?} is no number of seconds from 0 on")))?;
-        Ok(py.detach(|| self.inner.wait(limit)))
     }
 }
 
@@ -68,19 +42,23 @@ fn way_of(py: Python<'_>, way: &str) -> PyResult<Way> {
 }
 
 impl CudaLanes {
+    fn lock(&self) -> MutexGuard<'_, Option<Registration>> {
+        self.registration.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn registered(&self, py: Python<'_>, client: &Client) -> PyResult<Arc<Registered>> {
         client.inner.arena().or_raise(py)?;
         let arena = client.inner.keep_arena();
         let arena = arena.ok_or_else(|| raise(py, Class::ServerLost, "the client was closed"))?;
-        let mut registration = self.registration.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut registration = self.lock();
         match &*registration {
             Some(registration) if registration.is_of(&arena) => Ok(Arc::clone(registration.registered())),
             _ => {
                 let fresh = Registration::start(Arc::clone(&self.device), arena);
                 let registered = Arc::clone(fresh.registered());
-                let before = registration.replace(fresh);
-                drop(registration);
-                py.detach(|| drop(before));
+                if let Some(before) = registration.replace(fresh) {
+                    before.retire();
+                }
                 Ok(registered)
             }
         }
@@ -96,7 +74,7 @@ impl CudaLanes {
         // SAFETY: Python's caller vouches for the memory that the layout names (it holds the tensors), for the event and for
         // the lease.
         let transfer = py.detach(|| unsafe { self.inner.submit(direction, order) });
-        Ok(Transfer { inner: transfer.map_err(|error| from_cuda(py, &error))? })
+        transfer.map(Transfer::new).map_err(|error| from_cuda(py, &error))
     }
 }
 
@@ -149,9 +127,19 @@ impl CudaLanes {
         self.registered(py, client).map(drop)
     }
 
+    /// Lets go of the client's arena, also of a closed client's: it is unregistered and unmapped in the background, once no
+    /// copy of it is under way. An arena that is not known is none to let go of.
+    fn unregister(&self, client: &Client) {
+        let Some(arena) = client.inner.keep_arena() else { return };
+        let registration = self.lock().take_if(|registration| registration.is_of(&arena));
+        if let Some(registration) = registration {
+            registration.retire();
+        }
+    }
+
     /// Of the arena used last: (bytes registered so far, bytes of the arena, why there will be no more or None).
     fn registration(&self) -> (u64, u64, Option<String>) {
-        let registration = self.registration.lock().unwrap_or_else(PoisonError::into_inner);
+        let registration = self.lock();
         let registered = registration.as_ref().map(Registration::registered);
         registered.map_or((0, 0, None), |of| (of.bytes(), of.arena_bytes(), of.failure()))
     }
@@ -200,21 +188,9 @@ impl CudaLanes {
     }
 }
 
-/// A copy under way; keeps the holder entry locked and the arena mapped. Dropped before its end, it waits for that.
-#[pyclass(frozen, module = "kvmp._kvmp")]
-pub struct Transfer {
-    inner: kvmp_cuda::Transfer,
-}
-
-#[pymethods]
-impl Transfer {
-    /// Whether the last byte has moved. Raises `DeviceError` where the GPU failed: what was moved is garbage then.
-    fn has_ended(&self, py: Python<'_>) -> PyResult<bool> {
-        self.inner.has_ended().map_err(|error| from_cuda(py, &error))
-    }
-
-    /// Sleeps until the last byte has moved; raises as `has_ended`.
-    fn wait(&self, py: Python<'_>) -> PyResult<()> {
-        py.detach(|| self.inner.wait()).map_err(|error| from_cuda(py, &error))
+impl Drop for CudaLanes {
+    fn drop(&mut self) {
+        let registration = self.registration.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        drop_detached(registration);
     }
 }

@@ -4,6 +4,7 @@
 //! 64 KiB: getting it back beside a busy thread costs the 5 ms switch interval.
 
 mod arguments;
+mod bell;
 mod blocks;
 mod budget;
 mod client;
@@ -19,6 +20,7 @@ mod numbers;
 mod program;
 mod reserve;
 mod stats;
+mod transfer;
 mod wait;
 
 use pyo3::prelude::*;
@@ -28,6 +30,8 @@ use pyo3::prelude::*;
 mod _kvmp {
     use pyo3::prelude::*;
 
+    #[pymodule_export]
+    use super::bell::Bell;
     #[pymodule_export]
     use super::budget::limit_waits;
     #[pymodule_export]
@@ -39,7 +43,7 @@ mod _kvmp {
     #[pymodule_export]
     use super::core::ring::Ring;
     #[pymodule_export]
-    use super::cuda::{Bell, CudaLanes, Transfer};
+    use super::cuda::CudaLanes;
     #[pymodule_export]
     use super::layout::BlockLayout;
     #[pymodule_export]
@@ -52,6 +56,8 @@ mod _kvmp {
     use super::program::main;
     #[pymodule_export]
     use super::reserve::{PendingReserve, WriteLease};
+    #[pymodule_export]
+    use super::transfer::Transfer;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
