@@ -95,8 +95,8 @@ class Engine:
 
 def measure(server: Server, run: int, blocks: int, way: str, width: int) -> dict[str, Any]:
     """One row of the table."""
-    paged = PagedKV(cache_of(blocks, run))
-    paged._lanes = lanes = _kvmp.CudaLanes(paged._layout, way, width)
+    paged = PagedKV(cache_of(blocks, run), way=way, width=width)
+    lanes = paged.lanes
     engine, ids = Engine(server, paged, blocks, f"{run}-{way}-{width}"), np.random.default_rng(1).permutation(blocks)
     try:
         row: dict[str, Any] = {"run": run, "way": lanes.way, "width": width}
@@ -127,8 +127,8 @@ def measure(server: Server, run: int, blocks: int, way: str, width: int) -> dict
 
 def beside(server: Server, run: int, blocks: int, way: str, width: int) -> dict[str, Any]:
     """What a copy and the engine's work cost each other: both alone, and at once."""
-    paged = PagedKV(cache_of(blocks, run))
-    paged._lanes = lanes = _kvmp.CudaLanes(paged._layout, way, width)
+    paged = PagedKV(cache_of(blocks, run), way=way, width=width)
+    lanes = paged.lanes
     engine, ids = Engine(server, paged, blocks, f"beside-{run}-{way}-{width}"), np.arange(blocks)
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     row: dict[str, Any] = {"run": run, "way": lanes.way, "width": width}

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvmp import _kvmp
 from kvmp.client import ReadLease
 from kvmp.paged import PagedKV
 from tests.gpu.rig import Rig
@@ -70,10 +69,8 @@ class Twin:
         """`way`: how registered memory is moved; None leaves it to the layout."""
         self.tensors = tensors
         self.blocks = blocks
-        self.paged = PagedKV(tensors, num_blocks=blocks)
-        if way is not None:
-            self.paged._lanes = _kvmp.CudaLanes(self.paged._layout, way)
-            assert self.paged.lanes.way == way
+        self.paged = PagedKV(tensors, num_blocks=blocks, way=way)
+        assert way in (None, self.paged.lanes.way)
         self.host = on_cpu(tensors)
         self.mirror = PagedKV(self.host, num_blocks=blocks)
         assert self.mirror.layout() == self.paged.layout()

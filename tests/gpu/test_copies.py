@@ -172,9 +172,9 @@ def test_what_is_refused_moves_no_byte(server: Server) -> None:
         with pytest.raises(InvalidInput, match="named twice"):
             paged.load(rig.worker, rig.joined, [1, 1], lease.slots, lease.words)
         with pytest.raises(InvalidInput, match="its memory is on GPU 0; this copies memory of the host"):
-            rig.worker.store_blocks(paged._layout, rig.joined, 0, np.array([0, 1]), lease.slots)
+            rig.worker.store_blocks(paged.block_layout, rig.joined, 0, np.array([0, 1]), lease.slots)
         with pytest.raises(InvalidInput, match="its memory is the host's"):
-            _kvmp.CudaLanes(host._layout)
+            _kvmp.CudaLanes(host.block_layout)
         with pytest.raises(InvalidInput, match="all must be on one device"):
             PagedKV({"a": noise(4, 16), "b": noise(4, 16, device="cpu")})
         assert rig.worker.abort(lease.lease_id, lease.slots, lease.words) == 2

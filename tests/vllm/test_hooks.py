@@ -25,7 +25,6 @@ REMAKE = "run: .venv/bin/python -m tests.vllm.hooks.make"
 # Public hooks that kvmp leaves to the base, and why that is right. A hook that is in neither is one nobody judged.
 LEFT_TO_THE_BASE = {
     "bind_kv_cache_manager": "hands its block pool to bind_gpu_block_pool, which is all that kvmp uses of it",
-    "build_prom_metrics": "kvmp's counters go to vLLM's log line; the server has metrics of its own",
     "clear_connector_metadata": "the step's work was taken over when it was bound",
     "finish_forward": "no copy of kvmp waits for the forward: a block is copied when its step has ended",
     "get_external_cache_hit_sources": "the base answers from _cache_hit_source",
