@@ -2,6 +2,9 @@
 
 import copy
 import logging
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import fakes
@@ -96,6 +99,17 @@ def test_it_says_that_the_others_policy_ends_requests(config, caplog, monkeypatc
     assert len(said) == (policy == "fail")
     assert all("is 'fail'; set it to 'recompute'," in text for text in said)
     assert outer.kv_transfer_config.kv_load_failure_policy == policy, "the others' too, so not ours to change"
+
+
+def test_the_counters_find_their_class_where_plugins_are_hidden():
+    """In vLLM's front end, where nothing but the module's path says what kvmp's connector is."""
+    looked_up = (
+        "import kvmp.vllm.connector as ours\n"
+        "from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory\n"
+        "assert KVConnectorFactory.get_connector_class_by_name('KvmpConnector') is ours.KvmpConnector\n"
+    )
+    environment = {**os.environ, "VLLM_PLUGINS": ""}
+    subprocess.run([sys.executable, "-c", looked_up], env=environment, check=True, timeout=100)
 
 
 def test_the_names_of_the_calls_that_are_looked_for_are_vllms():

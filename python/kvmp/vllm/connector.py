@@ -10,7 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.logger import init_logger
 
 from kvmp.config import ConnectorConfig
-from kvmp.vllm import compat, unreachable, version
+from kvmp.vllm import compat, plugin, unreachable, version
 from kvmp.vllm.guard import Guard, harmless
 from kvmp.vllm.metadata import PartMeta, StepMeta, WorkerReport
 from kvmp.vllm.prometheus import KvmpPromMetrics
@@ -271,3 +271,6 @@ class KvmpConnector(KVConnectorBase_V1):
         if (side := self._scheduler) is not None:
             self._guard.run("reset_cache", side.reset, None)
         return True
+
+
+harmless("naming the connector", plugin.name_connector, lambda: None, logger)

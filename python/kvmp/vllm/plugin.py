@@ -40,6 +40,17 @@ def register() -> None:
         logger.exception("kvmp: its connector could not be registered; name it by kv_connector_module_path")
 
 
+def name_connector() -> None:
+    """Makes `KvmpConnector` known by its name, also where it was named by its module.
+
+    Under a MultiConnector vLLM's front end looks up whose counters it was given by the class's name alone.
+    """
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    if CONNECTOR not in KVConnectorFactory._registry:
+        _register(KVConnectorFactory, CONNECTOR, CONNECTOR)
+
+
 def hidden_by() -> str:
     """The list of plugins that vLLM was told to load and that leaves kvmp's out; empty when it is not left out."""
     allowed = os.environ.get(_ALLOWED)
