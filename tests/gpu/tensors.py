@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvmp.client import ReadLease
+from kvmp.client import ReadLease, WriteLease
 from kvmp.paged import PagedKV
 from tests.gpu.rig import Rig
 
@@ -84,6 +84,22 @@ class Twin:
         assert self.mirror.load(rig.worker, rig.joined, ids, hit.slots(), hit.words()).all()
         for name, rows in self.rows(ids).items():
             assert torch.equal(self._rows(self.host[name], ids), rows), f"{len(ids)} blocks of {name}"
+
+    def check_round_trip(self, rig: Rig, hashes: np.ndarray, lease: WriteLease) -> None:
+        """Stores into the lease's slots, and loads them again into other blocks: every byte is there, each time."""
+        rng, count = np.random.default_rng(3), len(lease.slots)
+        source, target = rng.permutation(self.blocks)[:count], rng.permutation(self.blocks)[:count]
+        self.paged.store(rig.worker, rig.joined, source, lease.slots)
+        rig.commit(lease)
+        hit = rig.lookup(hashes)
+        self.check_slots(rig, source, hit)
+        stored = self.rows(source)
+        for tensor in self.tensors.values():
+            tensor.zero_()
+        assert self.paged.load(rig.worker, rig.joined, target, hit.slots(), hit.words()).all()
+        loaded = self.rows(target)
+        assert all(torch.equal(loaded[name], rows) for name, rows in stored.items())
+        hit.release()
 
     def _rows(self, tensor: torch.Tensor, ids: Any) -> torch.Tensor:
         ratio = tensor.shape[0] // self.blocks

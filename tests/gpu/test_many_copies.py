@@ -36,22 +36,10 @@ def server() -> Iterator[Server]:
 @pytest.mark.parametrize("way", ["batch", "single", "gather"])
 def test_more_pairs_in_one_copy_than_a_table_has_room_for(server: Server, way: str, make: Callable) -> None:
     """And more bytes than are registered in one piece: the slots lie in several."""
-    twin, rng = Twin(make(torch.bfloat16, PAIRS, 256), way=way, blocks=PAIRS), np.random.default_rng(2)
+    twin = Twin(make(torch.bfloat16, PAIRS, 256), way=way, blocks=PAIRS)
     assert PAIRS * twin.paged.block_bytes > PIECE
     with engine(server, twin.paged, f"pairs-{way}-{make.__name__}") as rig:
-        source, target = rng.permutation(PAIRS), rng.permutation(PAIRS)
-        hashes, lease = rig.reserve(PAIRS)
-        twin.paged.store(rig.worker, rig.joined, source, lease.slots)
-        rig.commit(lease)
-        hit = rig.lookup(hashes)
-        twin.check_slots(rig, source, hit)
-        stored = twin.rows(source)
-        for tensor in twin.tensors.values():
-            tensor.zero_()
-        assert twin.paged.load(rig.worker, rig.joined, target, hit.slots(), hit.words()).all()
-        loaded = twin.rows(target)
-        assert all(torch.equal(loaded[name], rows) for name, rows in stored.items())
-        hit.release()
+        twin.check_round_trip(rig, *rig.reserve(PAIRS))
 
 
 @dataclass

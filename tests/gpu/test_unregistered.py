@@ -89,23 +89,6 @@ def registered_page(address: int) -> Iterator[None]:
         assert int(cudart.cudaHostUnregister(address)) == 0
 
 
-def check_round_trip(twin: Twin, rig: Any, hashes: np.ndarray, lease: Any) -> None:
-    """Stores into the lease's slots, and loads them again into other blocks."""
-    rng, count = np.random.default_rng(3), len(lease.slots)
-    source, target = rng.permutation(twin.blocks)[:count], rng.permutation(twin.blocks)[:count]
-    twin.paged.store(rig.worker, rig.joined, source, lease.slots)
-    rig.commit(lease)
-    hit = rig.lookup(hashes)
-    twin.check_slots(rig, source, hit)
-    stored = twin.rows(source)
-    for tensor in twin.tensors.values():
-        tensor.zero_()
-    assert twin.paged.load(rig.worker, rig.joined, target, hit.slots(), hit.words()).all()
-    loaded = twin.rows(target)
-    assert all(torch.equal(loaded[name], rows) for name, rows in stored.items())
-    hit.release()
-
-
 @pytest.mark.parametrize("make", [outermost_blocks, outermost_layers, odd_bytes], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("way", WAYS)
 def test_where_nothing_is_registered_copies_are_the_same(server: Server, way: str, make: Callable) -> None:
@@ -119,7 +102,7 @@ def test_where_nothing_is_registered_copies_are_the_same(server: Server, way: st
             twin.paged.prepare(rig.worker)
             until("the first piece is refused", twin.paged.trouble)
             assert "registering the arena" in twin.paged.trouble()
-            check_round_trip(twin, rig, hashes, lease)
+            twin.check_round_trip(rig, hashes, lease)
             assert twin.paged.lanes.registration()[0] == 0
 
 
@@ -137,7 +120,7 @@ def test_where_a_part_is_registered_one_copy_moves_both(server: Server, way: str
             twin.paged.prepare(rig.worker)
             until("the last piece is refused", twin.paged.trouble)
             assert twin.paged.lanes.registration()[0] == last * PIECE
-            check_round_trip(twin, rig, hashes, lease)
+            twin.check_round_trip(rig, hashes, lease)
             assert twin.paged.lanes.registration()[0] == last * PIECE
 
 

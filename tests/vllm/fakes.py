@@ -264,6 +264,9 @@ class FakePaged:
     def prepare(self, client):
         pass
 
+    def forget(self, client):
+        pass
+
     def trouble(self):
         return None
 

@@ -201,8 +201,7 @@ class Flights:
     def _forget_dropped(self) -> None:
         for client in self._membership.take_dropped():
             try:
-                if self._paged.lanes is not None:  # Only a device knows an arena.
-                    self._paged.forget(client)
+                self._paged.forget(client)
             except BaseException as error:
                 self._note("letting go of an arena failed", error)
 
