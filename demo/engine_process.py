@@ -25,10 +25,8 @@ class EngineProcess:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from .connector_counters import ConnectorCounters
-
         args = AsyncEngineArgs(**config.vllm_args())
-        self._engine = AsyncLLM.from_engine_args(args, stat_loggers=[ConnectorCounters])
+        self._engine = AsyncLLM.from_engine_args(args)
         self._answers = answers
         self._requests: dict[str, asyncio.Task[None]] = {}
         self._adapters: dict[tuple[str, int], int] = {}
@@ -97,15 +95,15 @@ class EngineProcess:
         return {}
 
     async def _counters(self) -> dict[str, Any]:
-        from vllm.v1.metrics.reader import Counter, get_metrics_snapshot
+        from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
 
-        from . import connector_counters
-
-        totals = {f"kvmp_{name}": value for name, value in connector_counters.totals.data.items()}
+        totals: dict[str, int] = {}
         for metric in get_metrics_snapshot():
+            name = metric.name.removeprefix("vllm:")
             if isinstance(metric, Counter):
-                name = metric.name.removeprefix("vllm:")
                 totals[name] = totals.get(name, 0) + int(metric.value)
+            elif isinstance(metric, Gauge) and name.startswith("kvmp_"):
+                totals[name] = int(metric.value)
         return {"counters": totals}
 
     async def _reset(self, connector: bool = False) -> dict[str, Any]:
