@@ -46,8 +46,10 @@ def life(start_engine: StartEngine, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(autouse=True)
 def _open_gate(life: Life) -> Iterator[None]:
+    """Nor is a server left frozen by a test that fails: the next ones would fail for it."""
     yield
     life.gate.open()
+    go_on(life.server.pid)
 
 
 # ---- SIGKILL
