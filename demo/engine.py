@@ -118,6 +118,11 @@ class Engine:
         """All prompts at once, batched as the engine likes."""
         return [pending.result() for pending in [self.submit(prompt, max_tokens) for prompt in prompts]]
 
+    def embed(self, prompt: list[int]) -> list[float]:
+        """The embedding of the prompt, by a model that makes such."""
+        answer = self._ask("embed", request=f"request-{next(self._numbers)}", prompt=prompt)
+        return answer.result(ANSWER_S)["embedding"]
+
     def abort(self, pending: Pending) -> None:
         self._ask("abort", request=pending.request).result(ANSWER_S)
 

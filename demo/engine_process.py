@@ -1,6 +1,6 @@
 """The process of one real vLLM engine, driven by JSON lines: `python -m demo.engine_process CONFIG`.
 
-In: `{"id", "do": "submit" | "abort" | "counters" | "reset" | "pause", ...}`, one a line; end of input ends the engine.
+In: `{"id", "do": VERB, ...}`, one a line, of the verbs in `_commands`; end of input ends the engine.
 Out: `{"id", ...answer}` or `{"id", "error"}`, in any order; first of all `{"id": 0}`, once the engine is up.
 Whatever vLLM and its children print goes to stderr.
 """
@@ -32,6 +32,7 @@ class EngineProcess:
         self._adapters: dict[tuple[str, int], int] = {}
         self._commands = {
             "submit": self._submit,
+            "embed": self._embed,
             "abort": self._abort,
             "counters": self._counters,
             "reset": self._reset,
@@ -70,6 +71,13 @@ class EngineProcess:
             "ttft_s": first_at - started if first_at else None,
             "finish": (output.outputs[0].finish_reason if output else None) or "abort",
         }
+
+    async def _embed(self, request: str, prompt: list[int]) -> dict[str, Any]:
+        from vllm import PoolingParams
+
+        async for output in self._engine.encode({"prompt_token_ids": prompt}, PoolingParams(task="embed"), request):
+            embedding = output.outputs.data.tolist()
+        return {"embedding": embedding}
 
     def _generate(
         self, request: str, prompt: list[int], max_tokens: int, salt: str | None, adapter: Any

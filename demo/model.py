@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 VOCABULARY = 32_000
 MAX_TOKENS = 8_192
@@ -23,14 +24,10 @@ def ensure_model(folder: Path) -> Path:
     return folder
 
 
-def write_model(folder: Path, *, kv_heads: int, max_tokens: int) -> None:
-    """Makes a Llama there whose tokens depend on its KV."""
-    import torch
+def write_model(folder: Path, *, kv_heads: int, max_tokens: int, **settings: Any) -> None:
+    """Makes a Llama there whose tokens depend on its KV; `settings`: more of its configuration."""
     from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
-    torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
@@ -43,5 +40,16 @@ def write_model(folder: Path, *, kv_heads: int, max_tokens: int) -> None:
         initializer_range=_INITIALIZER_RANGE,
         tie_word_embeddings=True,
         dtype="float32",
+        **settings,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    save_seeded(folder, LlamaForCausalLM, config)
+
+
+def save_seeded(folder: Path, architecture: Any, config: Any) -> None:
+    """Saves a model of that architecture with the same random weights each time."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    torch.manual_seed(SEED)
+    architecture(config).save_pretrained(folder)

@@ -12,7 +12,6 @@ import kvmp
 from demo.engine import Engine
 from demo.model import HEAD_SIZE, LAYERS
 from tests.engines.conftest import StartEngine
-from tests.engines.equal_models import MAX_TOKENS, one_kv_head
 from tests.engines.gate import Gate
 from tests.engines.harness import (
     BLOCK,
@@ -24,6 +23,7 @@ from tests.engines.harness import (
     stats,
     until,
 )
+from tests.engines.models import MAX_TOKENS, one_kv_head
 
 BLOCKS = 10
 # K and V in float32 of the one head: what either rank has of a block, and all that is stored of it.

@@ -124,9 +124,16 @@ def test_where_a_part_is_registered_one_copy_moves_both(server: Server, way: str
             assert twin.paged.lanes.registration()[0] == last * PIECE
 
 
-@pytest.mark.filterwarnings("ignore")  # vLLM's imports have their own
-def test_the_connectors_copy_thread_warns_once_and_copies(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def vllm() -> None:
+    """Imported before the test runs: something in it keeps the frames that it is imported from, and their tensors."""
     pytest.importorskip("vllm")
+    import kvmp.vllm.copier  # noqa: F401
+
+
+@pytest.mark.filterwarnings("ignore")  # vLLM's imports have their own
+@pytest.mark.usefixtures("vllm")
+def test_the_connectors_copy_thread_warns_once_and_copies(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     from kvmp.vllm.copier import Copier
     from kvmp.vllm.joined import Membership
     from kvmp.vllm.metadata import LoadJob, NamespaceRef, SessionRef, StoreJob

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import fakes
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, SupportsHMA
 
 from kvmp.vllm import compat
 from kvmp.vllm.connector import KvmpConnector
@@ -19,7 +19,7 @@ from tests.vllm.hooks import facts
 
 TABLE = [1, 2, 3, 4, 5]
 
-BASE = "KVConnectorBase_V1"
+BASES = {"KVConnectorBase_V1": KVConnectorBase_V1, "SupportsHMA": SupportsHMA}
 
 
 def is_entry(name: str) -> bool:
@@ -31,7 +31,8 @@ def of_releases() -> dict[str, set[tuple[str, ...]]]:
     """Name -> the parameter lists that it has in some release; none for what is only read."""
     found: dict[str, set[tuple[str, ...]]] = {}
     for version in facts.stored_versions():
-        for name, hook in facts.load(version)["classes"][BASE].items():
+        classes = facts.load(version)["classes"]
+        for name, hook in (item for base in BASES for item in classes[base].items()):
             if is_entry(name):
                 lists = found.setdefault(name, set())
                 lists |= {tuple(hook["parameters"])} if "parameters" in hook else set()
@@ -39,13 +40,13 @@ def of_releases() -> dict[str, set[tuple[str, ...]]]:
 
 
 def of_the_installed() -> dict[str, set[tuple[str, ...]]]:
-    """The same of the base class that is installed, by reflection: methods, class methods, properties and values."""
+    """The same of the base classes that are installed, by reflection: methods, class methods, properties and values."""
     found = {}
-    for name in dir(KVConnectorBase_V1):
-        if is_entry(name):
-            member = inspect.getattr_static(KVConnectorBase_V1, name)
+    for base in BASES.values():
+        for name in filter(is_entry, dir(base)):
+            member = inspect.getattr_static(base, name)
             called = inspect.isfunction(member) or isinstance(member, classmethod | staticmethod)
-            found[name] = {tuple(_parameters(KVConnectorBase_V1, name, member))} if called else set()
+            found[name] = {tuple(_parameters(base, name, member))} if called else set()
     return found
 
 

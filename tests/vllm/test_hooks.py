@@ -58,6 +58,8 @@ GUARDED = {
     "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorTransferResults": "getattr; None in 0.29",
     "vllm.v1.metrics.cache_hit_source.CacheHitSource": "ImportError is caught; no label before 0.32",
     "vllm.v1.metrics.cache_hit_source.CacheHitSource.HOST": "as the class",
+    "vllm.v1.core.kv_cache_planning.unify_hybrid_kv_cache_specs": "ImportError is caught: it is in kv_cache_utils",
+    "vllm.v1.core.kv_cache_utils.unify_hybrid_kv_cache_specs": "not imported where kv_cache_planning has it (0.33)",
 }
 
 

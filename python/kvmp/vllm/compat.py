@@ -36,9 +36,6 @@ _NEVER_CUT_TOKENS = 16
 # Where a MultiConnector makes its children, and where it asks them for a layout.
 _MULTI_CONNECTOR_CALLS = ("MultiConnector.__init__", "MultiConnector.get_required_kvcache_layout")
 
-# Exact types: a subclass may keep its blocks by another rule than "every block of the prefix".
-_KNOWN_LAYER_SPECS = (kv_cache_interface.FullAttentionSpec, kv_cache_interface.MLAAttentionSpec)
-
 
 def host_hit_source() -> Any:
     """The label of hits in host memory (0.32+), None before."""
@@ -80,20 +77,9 @@ def layer_specs(group_spec: Any) -> Iterable[Any]:
     return (group_spec,)
 
 
-def unsupported_cache(kv_cache_config: Any) -> str | None:
-    """Why this engine's cache groups are beyond the connector, None when they are not."""
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        return f"the engine has {len(groups)} KV-cache groups; kvmp serves one (--disable-hybrid-kv-cache-manager)"
-    group = groups[0]
-    if not getattr(group, "enable_kv_transfer", True):
-        return "the engine's KV-cache group must not be transferred (enable_kv_transfer is off)"
-    if getattr(group, "host_resident", False):
-        return "the engine's KV-cache group lies in host memory of its own"
-    for spec in layer_specs(group.kv_cache_spec):
-        if type(spec) not in _KNOWN_LAYER_SPECS:
-            return f"layer spec {type(spec).__module__}.{type(spec).__qualname__} is not known to kvmp"
-    return None
+def all_layer_specs(kv_cache_config: Any) -> list[Any]:
+    """The layer specs of every group."""
+    return [spec for group in kv_cache_config.kv_cache_groups for spec in layer_specs(group.kv_cache_spec)]
 
 
 def _is_cuda() -> bool:
@@ -136,15 +122,30 @@ def wished_layout(vllm_config: Any) -> str | None:
     return "BLHNC"
 
 
-def parent_transfer_config() -> Any:
-    """The transfer configuration of the MultiConnector that is calling us, None where none is.
+def unify_specs() -> Any:
+    """vLLM's function that makes several kinds of attention one in a dict of layer specs; ValueError: it cannot."""
+    try:
+        from vllm.v1.core.kv_cache_planning import unify_hybrid_kv_cache_specs
+    except ImportError:  # before 0.33
+        from vllm.v1.core.kv_cache_utils import unify_hybrid_kv_cache_specs
+    return unify_hybrid_kv_cache_specs
 
-    What it hands to a child says nothing of it, so the callers' frames are looked through.
+
+def parent_transfer_config() -> Any:
+    """The transfer configuration of the MultiConnector that is calling us, None where none is."""
+    vllm_config = caller_local(_MULTI_CONNECTOR_CALLS, "vllm_config")
+    return None if vllm_config is None else vllm_config.kv_transfer_config
+
+
+def caller_local(calls: tuple[str, ...], name: str) -> Any:
+    """What the nearest of these callers of ours has under a name; None where there is none.
+
+    For what vLLM does not hand to a connector. A test holds the names against vLLM's.
     """
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_qualname in _MULTI_CONNECTOR_CALLS:
-            return frame.f_locals["vllm_config"].kv_transfer_config
+        if frame.f_code.co_qualname in calls:
+            return frame.f_locals[name]
         frame = frame.f_back
     return None
 
@@ -172,7 +173,7 @@ def equal_tp_ranks(vllm_config: Any, kv_cache_config: Any) -> int:
     MLA's, which every rank computes whole. The other rules are for what it says nothing of.
     """
     parallel = vllm_config.parallel_config
-    width, specs = parallel.tensor_parallel_size, _all_layer_specs(kv_cache_config)
+    width, specs = parallel.tensor_parallel_size, all_layer_specs(kv_cache_config)
     if width == 1 or not specs or getattr(parallel, "decode_context_parallel_size", 1) > 1:
         return 1
     said = getattr(kv_cache_config, "kv_tp_replicas", 1)
@@ -184,10 +185,6 @@ def equal_tp_ranks(vllm_config: Any, kv_cache_config: Any) -> int:
     if kinds == {kv_cache_interface.FullAttentionSpec}:
         return _ranks_a_head(vllm_config, specs, width)
     return 1
-
-
-def _all_layer_specs(kv_cache_config: Any) -> list[Any]:
-    return [spec for group in kv_cache_config.kv_cache_groups for spec in layer_specs(group.kv_cache_spec)]
 
 
 def _equal_mla_ranks(vllm_config: Any, specs: list[Any], width: int) -> int:

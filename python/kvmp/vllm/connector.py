@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 from vllm.logger import init_logger
 
 from kvmp.config import ConnectorConfig
-from kvmp.vllm import compat, plugin, unreachable, version
+from kvmp.vllm import cache_groups, compat, plugin, unreachable, version
 from kvmp.vllm.guard import Guard, harmless
 from kvmp.vllm.metadata import PartMeta, StepMeta, WorkerReport
 from kvmp.vllm.prometheus import KvmpPromMetrics
@@ -22,7 +21,9 @@ from kvmp.vllm.worker import WorkerSide
 logger: logging.Logger = init_logger("vllm.kvmp")
 
 
-class KvmpConnector(KVConnectorBase_V1):
+# `SupportsHMA`, though it serves engines of one cache group: without it those of none, or of several that cannot be
+# united, end at their start or with their first request, instead of working without kvmp.
+class KvmpConnector(KVConnectorBase_V1, SupportsHMA):
     """A best-effort KV cache beside vLLM, shared by every engine of the node and outliving each of them.
 
     Configure it with ``kv_connector="KvmpConnector"`` and ``kv_role="kv_both"``; where vLLM's plugins are switched off
@@ -106,9 +107,12 @@ class KvmpConnector(KVConnectorBase_V1):
         """On a GPU blocks outermost, so that a block is one run of bytes over all layers; on the CPU no wish.
 
         A wish: a backend that cannot have it keeps its own layout, and kvmp copies what it finds. None beside other
-        connectors.
+        connectors, or where kvmp cannot serve. Asked before layers are grouped, so they are united here too.
         """
-        wish = partial(compat.wished_layout, vllm_config)
+
+        def wish() -> str | None:
+            return compat.wished_layout(vllm_config) if cache_groups.unite(vllm_config, logger) else None
+
         return harmless("get_required_kvcache_layout", wish, lambda: None, logger)
 
     # Worker side.
@@ -253,6 +257,12 @@ class KvmpConnector(KVConnectorBase_V1):
         if (side := self._scheduler) is not None:
             self._guard.run("request_finished", lambda: side.finished(request), None)
         return False, None
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The same, whatever the number of groups."""
+        return self.request_finished(request, [])
 
     def has_pending_push_work(self) -> bool:
         """Whether anything is reserved, pinned or loading, so that the engine goes on stepping until it has ended."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kvmp.config import ConnectorConfig
-from kvmp.vllm import compat
+from kvmp.vllm import cache_groups, compat
 from kvmp.vllm.link import Adapter, Link
 from kvmp.vllm.loads import Loads
 from kvmp.vllm.lookups import Lookups
@@ -40,7 +40,7 @@ class SchedulerSide:
         self._lookups: Lookups | None = None
         self._stores: Stores | None = None
         self._loads: Loads | None = None
-        reason = compat.unsupported_cache(kv_cache_config) or compat.unsupported_parallel(vllm_config)
+        reason = cache_groups.unsupported_cache(kv_cache_config) or compat.unsupported_parallel(vllm_config)
         if reason:
             self.switch_off(reason)
             return

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvmp.config import ConnectorConfig
-from kvmp.vllm import compat
+from kvmp.vllm import cache_groups, compat
 from kvmp.vllm.copier import Copier
 from kvmp.vllm.jobs import Ended
 from kvmp.vllm.joined import Membership
@@ -28,7 +28,7 @@ class WorkerSide:
         self._options = options
         self._logger = logger
         self._stats = stats
-        self._off = compat.unsupported_cache(kv_cache_config) or ""
+        self._off = cache_groups.unsupported_cache(kv_cache_config) or ""
         self._paged: Any = None
         self._rank = 0
         self._share: Share | None = None

@@ -17,8 +17,8 @@ def used_names(folder: Path = SOURCES) -> list[str]:
 def names_in(source: str) -> set[str]:
     """The same for one file."""
     tree = ast.parse(source)
-    local = dict(_imports(tree))
-    return set(local.values()) | set(_attributes(tree, local))
+    imports = list(_imports(tree))  # the same name may come from two places, for two releases
+    return {what for _, what in imports} | set(_attributes(tree, dict(imports)))
 
 
 def _imports(tree: ast.AST) -> Iterator[tuple[str, str]]:
