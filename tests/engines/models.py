@@ -35,9 +35,8 @@ def recurrent(folder: Path) -> str:
     from transformers import Lfm2Config, Lfm2ForCausalLM
 
     kinds = ["conv", "full_attention"] * (LAYERS // 2)
-    # vLLM reads sizes that Transformers' own configuration no longer has; its CPU kernel of 0.29 is of one width only.
+    # vLLM reads sizes that Transformers' own configuration no longer has.
     sizes = {"conv_dim": 128, "block_dim": 128, "block_ff_dim": 256, "block_auto_adjust_ff_dim": False}
-    sizes["conv_L_cache"] = 4
     return _small(folder, Lfm2ForCausalLM, Lfm2Config, num_key_value_heads=2, layer_types=kinds, **sizes)
 
 

@@ -39,7 +39,7 @@ def engines(start_engine: StartEngine, tmp_path_factory: pytest.TempPathFactory)
         yield Engines(
             server,
             start_engine(engine_args=with_windows, **served),
-            start_engine(engine_args=recurrent, dtype="bfloat16", **own_blocks),
+            start_engine(engine_args=recurrent, **own_blocks),
             start_engine(engine_args=encoder, **own_blocks),
         )
 
