@@ -4,7 +4,7 @@ use rustix::mm::{Advice, madvise};
 
 const PAGE: usize = 4096;
 /// Below this a call costs more than the faults it saves.
-const WORTH_A_CALL: usize = 64 << 10;
+const WORTH_A_CALL: usize = 12 << 10;
 /// From here on, whole huge pages lie within.
 const HUGE: usize = 4 << 20;
 

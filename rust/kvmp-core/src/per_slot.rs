@@ -11,6 +11,8 @@ use crate::memory::with_memory;
 pub struct PerSlot<V> {
     /// log2 of the slot numbers a chunk has.
     shift: u32,
+    /// The bits of a slot number that are its index in its chunk.
+    mask: u32,
     chunks: Vec<Box<[V]>>,
 }
 
@@ -19,7 +21,8 @@ impl<V: Clone> PerSlot<V> {
     #[must_use]
     pub fn new(geometry: &Geometry) -> Self {
         let chunks = (0..geometry.chunks).map(|_| Box::default()).collect();
-        Self { shift: geometry.chunk_pages().ilog2(), chunks }
+        let pages = geometry.chunk_pages();
+        Self { shift: pages.ilog2(), mask: pages - 1, chunks }
     }
 
     /// Allocates `slots` copies of `value` for a chunk.
@@ -42,9 +45,10 @@ impl<V> PerSlot<V> {
         self.chunks.get(chunk.0 as usize).map_or(0, |c| c.len() as u32)
     }
 
+    #[inline]
     fn place(&self, slot: SlotId) -> (usize, usize) {
-        let mask = (1u32 << self.shift) - 1;
-        ((slot.0 >> self.shift) as usize, (slot.0 & mask) as usize)
+        // `wrapping` only leaves out the check that the shift is under 32.
+        (slot.0.wrapping_shr(self.shift) as usize, (slot.0 & self.mask) as usize)
     }
 
     /// Value of a slot, `None` where no assigned chunk has it: for numbers that a client sent.

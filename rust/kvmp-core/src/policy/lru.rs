@@ -159,8 +159,10 @@ impl EvictionPolicy for Lru {
     }
 
     fn insert(&mut self, slot: SlotId, now: Ticks) {
-        self.nodes[slot].stamp = self.stamp(now);
-        self.link_before(slot, END);
+        let stamp = self.stamp(now);
+        let prev = std::mem::replace(&mut self.hot, slot);
+        self.nodes[slot] = Node { prev, next: END, stamp };
+        self.set_next(prev, slot);
     }
 
     fn touch(&mut self, slot: SlotId, now: Ticks) {

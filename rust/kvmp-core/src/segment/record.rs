@@ -64,8 +64,9 @@ impl RecordCells<'_> {
     /// Writing -> Ready: the check first, then the word.
     pub fn commit(&self) -> SlotWord {
         let word = self.word().with_state(SlotState::Ready);
-        let seal = self.0[SEAL].load(Ordering::Relaxed) & 0xffff_ffff;
-        self.0[SEAL].store(seal | u64::from(self.checksum(word)) << 32, Ordering::Relaxed);
+        let cells = self.cells();
+        let seal = cells[SEAL] & 0xffff_ffff;
+        self.0[SEAL].store(seal | u64::from(checksum(word, &cells)) << 32, Ordering::Relaxed);
         fence(Ordering::Release);
         self.set_word(word);
         word
@@ -86,13 +87,15 @@ impl RecordCells<'_> {
 
     /// The whole record, for recovery.
     #[must_use]
+    #[inline]
     pub fn read(&self) -> Record {
         let word = self.word();
-        let (place, link, seal) = (self.get(PLACE), self.get(LINK), self.get(SEAL));
+        let cells = self.cells();
+        let (place, link, seal) = (cells[PLACE], cells[LINK], cells[SEAL]);
         Record {
             word,
             identity: BlockIdentity {
-                key: self.key(),
+                key: key(&cells),
                 namespace: NamespaceId(place as u16),
                 group: GroupId((place >> 16) as u16),
                 position: (place >> 32) as u32,
@@ -100,7 +103,7 @@ impl RecordCells<'_> {
                 bytes: seal as u32,
             },
             touched: (link >> 32) as u32,
-            whole: (seal >> 32) as u32 == self.checksum(word),
+            whole: (seal >> 32) as u32 == checksum(word, &cells),
         }
     }
 
@@ -108,24 +111,28 @@ impl RecordCells<'_> {
         self.0[cell].load(Ordering::Relaxed)
     }
 
-    fn key(&self) -> BlockKey {
-        let mut key = [0; 32];
-        for (i, out) in key.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-            *out = self.get(KEY + i).to_le_bytes();
-        }
-        BlockKey(key)
+    #[inline]
+    fn cells(&self) -> [u64; 8] {
+        std::array::from_fn(|cell| self.get(cell))
     }
+}
 
-    /// Low half of xxh3 over the record without state and `touched`.
-    fn checksum(&self, word: SlotWord) -> u32 {
-        let mut bytes = [0u8; 64];
-        let rest = [word.generation(), self.get(1), self.get(2), self.get(3), self.get(4), self.get(PLACE)];
-        let tail = [self.get(LINK) & 0xffff_ffff, self.get(SEAL) & 0xffff_ffff];
-        for (out, value) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(rest.iter().chain(&tail)) {
-            *out = value.to_le_bytes();
-        }
-        xxh3_64(&bytes) as u32
+fn key(cells: &[u64; 8]) -> BlockKey {
+    let mut key = [0; 32];
+    for (cell, out) in cells[KEY..PLACE].iter().zip(key.as_chunks_mut::<8>().0) {
+        *out = cell.to_le_bytes();
     }
+    BlockKey(key)
+}
+
+/// Low half of xxh3 over the record without state and `touched`.
+#[inline]
+fn checksum(word: SlotWord, cells: &[u64; 8]) -> u32 {
+    let mut rest = *cells;
+    rest[WORD] = word.generation();
+    rest[LINK] &= 0xffff_ffff;
+    rest[SEAL] &= 0xffff_ffff;
+    xxh3_64(rest.map(u64::to_le_bytes).as_flattened()) as u32
 }
 
 #[cfg(all(test, not(loom)))]

@@ -96,9 +96,14 @@ impl Blocks {
     /// Hangs `slot` on its parent.
     pub fn attach(&mut self, slot: SlotId) {
         let parent = self.hot[slot].parent;
-        if !parent.is_some() {
-            return;
+        if parent.is_some() {
+            self.hang(slot, parent);
         }
+    }
+
+    /// Makes `slot` the first child of `parent`.
+    #[inline]
+    pub fn hang(&mut self, slot: SlotId, parent: SlotId) {
         let first = std::mem::replace(&mut self.hot[parent].child, slot);
         self.links[slot].next = first;
         if first.is_some() {

@@ -22,12 +22,12 @@ fn digit(key: u64, shift: u32) -> usize {
 /// Puts slots in the order of their keys; what has the same key stays in order. `spare` is room to work in.
 pub(super) fn sort(slots: &mut Vec<Keyed>, spare: &mut Vec<Keyed>) {
     let (all, any) = slots.iter().fold((u64::MAX, 0), |(all, any), slot| (all & slot.key, any | slot.key));
-    let varies = all ^ any;
-    for shift in (0..u64::BITS).step_by(DIGIT_BITS as usize) {
-        // A digit that all share sorts nothing.
-        if digit(varies, shift) != 0 {
-            sort_by_digit(slots, spare, shift);
-        }
+    // Bits that all share sort nothing: each digit begins at the next one that varies.
+    let mut varies = all ^ any;
+    while varies != 0 {
+        let shift = varies.trailing_zeros();
+        sort_by_digit(slots, spare, shift);
+        varies &= !((DIGITS as u64 - 1) << shift);
     }
 }
 

@@ -14,7 +14,7 @@ use crate::slot::{BlockIdentity, SlotState, SlotWord};
 
 use super::BlockStore;
 use super::answers::StoreError;
-use super::blocks::BlockState;
+use super::blocks::{Block, BlockState};
 use super::index::hash;
 use super::radix::{Keyed, group, sort};
 use super::table::{ChunkState, SlotTable};
@@ -85,10 +85,12 @@ impl<T: SlotTable> BlockStore<T> {
         self.assign(chunk, class);
         let (first, slots) = (geometry.slot(chunk, 0).0, self.blocks.hot.slots_of(chunk));
         let own = |record: &FoundRecord| record.slot.0.checked_sub(first).is_some_and(|index| index < slots);
+        let before = self.recovery.ready.len() + self.held.len();
         for record in found.into_iter().filter(own) {
             self.recover_record(class, &record);
         }
-        self.free_the_rest(chunk);
+        let used = self.recovery.ready.len() + self.held.len() - before;
+        self.free_the_rest(chunk, used as u32);
         Ok(())
     }
 
@@ -118,9 +120,9 @@ impl<T: SlotTable> BlockStore<T> {
     }
 
     fn recover_ready(&mut self, identity: &BlockIdentity, record: &FoundRecord) {
-        self.describe(record.slot, identity, record.word, BlockState::Ready);
-        self.count_in(record.slot);
         let slot = record.slot;
+        self.describe(slot, identity, record.word, BlockState::Ready);
+        self.count_in(identity.namespace, BlockState::Ready);
         let order = u64::from(record.touched) << 32 | u64::from(!identity.position);
         self.recovery.ready.push(Keyed { key: order, slot });
         self.recovery.hashes.push(Keyed { key: hash(identity.namespace, identity.group, &identity.key), slot });
@@ -136,19 +138,17 @@ impl<T: SlotTable> BlockStore<T> {
         self.held.push(record.slot);
     }
 
-    /// Makes the chunk's list of Free slots and its counts.
-    fn free_the_rest(&mut self, chunk: ChunkId) {
-        let (mut used, mut free) = (0, SlotId::NONE);
-        let slots = self.blocks.hot.slots_in(chunk);
-        for slot in slots.rev() {
+    /// Makes the chunk's list of Free slots and its counts; `used` are not Free.
+    fn free_the_rest(&mut self, chunk: ChunkId, used: u32) {
+        let (slots, mut free) = (self.blocks.hot.slots_of(chunk), SlotId::NONE);
+        // In a full chunk there is nothing to look for.
+        let all = self.blocks.hot.slots_in(chunk).rev().filter(|_| used < slots);
+        for slot in all {
             if self.blocks.hot[slot].state == BlockState::Free {
                 self.blocks.links[slot].next = free;
                 free = slot;
-            } else {
-                used += 1;
             }
         }
-        let slots = self.blocks.hot.slots_of(chunk);
         let entry = self.chunks.get(chunk);
         (entry.used, entry.free, entry.fresh) = (used, free, slots);
     }
@@ -199,17 +199,17 @@ impl<T: SlotTable> BlockStore<T> {
     /// Hangs a block on its parent; false if that is not there. Positions fall by one towards the head, so what hangs on
     /// no loose block hangs, over any number of parents, on a head.
     fn adopt(&mut self, slot: SlotId) -> bool {
-        let block = &self.blocks.hot[slot];
-        let (parent, before) = (block.parent, block.position.checked_sub(1));
-        let whose = (block.namespace, block.group);
-        let there = !parent.is_some()
-            || self.blocks.hot.get(parent).is_some_and(|parent| {
-                parent.state == BlockState::Ready
-                    && Some(parent.position) == before
-                    && (parent.namespace, parent.group) == whose
-            });
+        let Block { parent, position, namespace, group, .. } = self.blocks.hot[slot];
+        if !parent.is_some() {
+            return true;
+        }
+        let there = self.blocks.hot.get(parent).is_some_and(|parent| {
+            parent.state == BlockState::Ready
+                && position.checked_sub(1) == Some(parent.position)
+                && (parent.namespace, parent.group) == (namespace, group)
+        });
         if there {
-            self.blocks.attach(slot);
+            self.blocks.hang(slot, parent);
         }
         there
     }

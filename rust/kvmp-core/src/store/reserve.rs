@@ -216,7 +216,7 @@ impl<T: SlotTable> BlockStore<T> {
         self.table.touch(slot, cursor.now.touched());
         self.describe(slot, &identity, word, BlockState::Writing);
         self.index.insert(&self.blocks.hot, slot);
-        self.count_in(slot);
+        self.count_in(identity.namespace, BlockState::Writing);
         self.blocks.attach(slot);
         let class = self.class_at(slot);
         self.classes[class].policy.insert(slot, cursor.now);
@@ -234,8 +234,8 @@ impl<T: SlotTable> BlockStore<T> {
     }
 
     /// Counts a block that is in the index.
-    pub(super) fn count_in(&mut self, slot: SlotId) {
-        let Block { state, namespace, .. } = self.blocks.hot[slot];
+    #[inline]
+    pub(super) fn count_in(&mut self, namespace: NamespaceId, state: BlockState) {
         *self.blocks_by_state.of(state) += 1;
         if let Some(Some(namespace)) = self.namespaces.get_mut(usize::from(namespace.0)) {
             namespace.slots += 1;
