@@ -71,6 +71,7 @@ impl Index {
     }
 
     /// Inserts a block with this hash unless another has its identity; returns whether it did.
+    #[inline]
     pub fn insert_new(&mut self, blocks: &PerSlot<Block>, slot: SlotId, hash: u64) -> bool {
         // The block is loaded only where a tag agrees: recovery inserts in the order of hashes, which is none of slots.
         let same = |other: &u32| {

@@ -16,7 +16,7 @@ pub(super) struct Keyed {
 const NONE: Keyed = Keyed { key: 0, slot: SlotId::NONE };
 
 fn digit(key: u64, shift: u32) -> usize {
-    (key >> shift) as usize % DIGITS
+    key.wrapping_shr(shift) as usize % DIGITS
 }
 
 /// Puts slots in the order of their keys; what has the same key stays in order. `spare` is room to work in.

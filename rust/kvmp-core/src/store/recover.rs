@@ -86,32 +86,32 @@ impl<T: SlotTable> BlockStore<T> {
         let (first, slots) = (geometry.slot(chunk, 0).0, self.blocks.hot.slots_of(chunk));
         let own = |record: &FoundRecord| record.slot.0.checked_sub(first).is_some_and(|index| index < slots);
         let before = self.recovery.ready.len() + self.held.len();
-        for record in found.into_iter().filter(own) {
-            self.recover_record(class, &record);
-        }
+        // Not a loop: the iterator's own runs without moving each record through an `Option`.
+        found.into_iter().filter(own).for_each(|record| self.recover_record(class, &record));
         let used = self.recovery.ready.len() + self.held.len() - before;
         self.free_the_rest(chunk, used as u32);
         Ok(())
     }
 
+    #[inline]
     fn recover_record(&mut self, class: usize, record: &FoundRecord) {
         match record.word.state() {
             Ok(SlotState::Free) => {}
-            Ok(SlotState::Ready) => match self.recoverable(class, record) {
-                Some(identity) => self.recover_ready(&identity, record),
-                None => self.refuse_record(record.slot),
+            Ok(SlotState::Ready) => match &record.identity {
+                Some(identity) if self.recoverable(class, identity) => self.recover_ready(identity, record),
+                _ => self.refuse_record(record.slot),
             },
             // A word of no known state may be anything: nobody writes there until the old writers are gone.
             Ok(SlotState::Writing) | Err(_) => self.recover_writing(record),
         }
     }
 
-    fn recoverable(&self, class: usize, record: &FoundRecord) -> Option<BlockIdentity> {
-        let identity = record.identity?;
-        let group = self.namespace_group(identity.namespace, identity.group).ok()?;
-        let linked = group.rule == GroupRule::Prefix && identity.position > 0;
-        let fits = group.class == class && linked == identity.parent.is_some();
-        fits.then_some(identity)
+    #[inline]
+    fn recoverable(&self, class: usize, identity: &BlockIdentity) -> bool {
+        self.namespace_group(identity.namespace, identity.group).is_ok_and(|group| {
+            let linked = group.rule == GroupRule::Prefix && identity.position > 0;
+            group.class == class && linked == identity.parent.is_some()
+        })
     }
 
     fn refuse_record(&mut self, slot: SlotId) {
@@ -119,6 +119,7 @@ impl<T: SlotTable> BlockStore<T> {
         self.table.evict(slot);
     }
 
+    #[inline]
     fn recover_ready(&mut self, identity: &BlockIdentity, record: &FoundRecord) {
         let slot = record.slot;
         self.describe(slot, identity, record.word, BlockState::Ready);
@@ -188,9 +189,11 @@ impl<T: SlotTable> BlockStore<T> {
     fn adopt_all(&mut self, ready: &[Keyed]) -> u64 {
         let mut loose = Vec::new();
         for slots in ready.chunks(AHEAD) {
-            // Parents may lie anywhere: these loads wait for no other, so their cache misses overlap.
-            let parents = slots.iter().map(|found| self.blocks.hot[found.slot].parent);
-            black_box(parents.filter_map(|parent| self.blocks.hot.get(parent)).map(|parent| parent.position).max());
+            if self.index.places() > CACHED_PLACES {
+                // Parents may lie anywhere: these loads wait for no other, so their cache misses overlap.
+                let parents = slots.iter().map(|found| self.blocks.hot[found.slot].parent);
+                black_box(parents.filter_map(|parent| self.blocks.hot.get(parent)).map(|parent| parent.position).max());
+            }
             loose.extend(slots.iter().map(|found| found.slot).filter(|slot| !self.adopt(*slot)));
         }
         loose.into_iter().map(|root| self.evict_orphans(root)).sum()
