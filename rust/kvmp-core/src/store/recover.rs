@@ -143,11 +143,12 @@ impl<T: SlotTable> BlockStore<T> {
     fn free_the_rest(&mut self, chunk: ChunkId, used: u32) {
         let (slots, mut free) = (self.blocks.hot.slots_of(chunk), SlotId::NONE);
         // In a full chunk there is nothing to look for.
-        let all = self.blocks.hot.slots_in(chunk).rev().filter(|_| used < slots);
-        for slot in all {
-            if self.blocks.hot[slot].state == BlockState::Free {
-                self.blocks.links[slot].next = free;
-                free = slot;
+        if used < slots {
+            for slot in self.blocks.hot.slots_in(chunk).rev() {
+                if self.blocks.hot[slot].state == BlockState::Free {
+                    self.blocks.links[slot].next = free;
+                    free = slot;
+                }
             }
         }
         let entry = self.chunks.get(chunk);
