@@ -127,7 +127,8 @@ def _engine(mode: str, work: Workload) -> Any:
     if connector is not None:
         name, extra = connector
         transfer = KVTransferConfig(kv_connector=name, kv_role="kv_both", kv_connector_extra_config=extra)
-    blocks = int(work.tokens * (FLOOR_ROOM if mode == "floor" else ROOM) / BLOCK_TOKENS)
+    room = int(work.tokens * (FLOOR_ROOM if mode == "floor" else ROOM))
+    blocks = max(room, BOUT_PROMPTS * (BOUT_TOKENS + BOUT_GENERATED)) // BLOCK_TOKENS
     return LLM(
         str(folder),
         skip_tokenizer_init=True,

@@ -16,8 +16,8 @@ class EngineConfig:
     """Folder of the model."""
     endpoint: str | None = None
     """kvmp's server, ``unix:PATH`` or ``tcp://HOST:PORT``; None: an engine without kvmp."""
-    block_tokens: int = 32
-    """The CPU backend takes multiples of 32."""
+    block_tokens: int | None = 32
+    """The CPU backend takes multiples of 32; None: what vLLM chooses."""
     max_model_len: int = MAX_TOKENS
     kv_bytes: int = 256 << 20
     """Memory of the engine's own KV cache, a rank."""

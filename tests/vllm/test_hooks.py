@@ -12,7 +12,7 @@ import re
 
 import pytest
 
-from kvmp.vllm import connector
+from kvmp.vllm import compat, connector
 from tests.vllm.hooks import facts
 from tests.vllm.hooks.calls import refused
 from tests.vllm.hooks.tree import Tree
@@ -145,6 +145,18 @@ def test_every_name_that_kvmp_imports_is_there_or_guarded(release):
     assert not unknown, f"kvmp takes more from vLLM than was looked up; {REMAKE}"
     missing = {name for name in used_names() if release["names"][name] is False}
     assert not missing - set(GUARDED)
+
+
+def test_what_is_looked_up_in_callers_frames_is_there(release):
+    callers = release["callers"]
+    assert set(callers) == {compat._GROUPING_CALL, *compat._MULTI_CONNECTOR_CALLS}
+    assert all("vllm_config" in callers[name]["binds"] for name in compat._MULTI_CONNECTOR_CALLS)
+    grouping = callers[compat._GROUPING_CALL]
+    assert "kv_cache_specs" in grouping["binds"]
+    grouped = {"get_kv_cache_configs", "get_global_kv_cache_groups"} & set(grouping["calls"])
+    assert grouped, "where are layers grouped?"
+    asked = grouping["calls"].index("resolve_kv_cache_layout")
+    assert all(asked < grouping["calls"].index(name) for name in grouped), "the connector is asked too late"
 
 
 def test_a_connector_can_be_registered_and_configured(release):

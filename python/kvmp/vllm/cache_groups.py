@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from vllm.v1 import kv_cache_interface
+from vllm.v1 import kv_cache_interface as kinds
 
 from kvmp.vllm import compat
 
-# Where the engine core asks for a layout, and then groups the layers.
-_GROUPING_CALL = "EngineCore._initialize_kv_caches"
-
 # Exact types: a subclass may keep its blocks by another rule than "every block of the prefix".
-_KNOWN_LAYER_SPECS = (kv_cache_interface.FullAttentionSpec, kv_cache_interface.MLAAttentionSpec)
+_SERVED = (kinds.FullAttentionSpec, kinds.MLAAttentionSpec)
+
+# Those that vLLM can make one of the former: with their blocks kept although no later token needs them.
+_LOCAL = (kinds.SlidingWindowSpec, kinds.SlidingWindowMLASpec, kinds.ChunkedLocalAttentionSpec)
 
 
 def unsupported_cache(kv_cache_config: Any) -> str | None:
@@ -22,48 +22,57 @@ def unsupported_cache(kv_cache_config: Any) -> str | None:
     if not groups:
         return "the engine has no KV cache: its model has no attention to earlier tokens"
     if len(groups) > 1:
-        kinds = sorted({type(spec).__qualname__ for spec in compat.all_layer_specs(kv_cache_config)})
-        return f"the engine has {len(groups)} KV-cache groups, of {', '.join(kinds)}; kvmp serves engines of one"
-    group = groups[0]
-    if not getattr(group, "enable_kv_transfer", True):
-        return "the engine's KV-cache group must not be transferred (enable_kv_transfer is off)"
-    if getattr(group, "host_resident", False):
-        return "the engine's KV-cache group lies in host memory of its own"
-    for spec in compat.layer_specs(group.kv_cache_spec):
-        if type(spec) not in _KNOWN_LAYER_SPECS:
+        return _several(len(groups), compat.all_layer_specs(kv_cache_config))
+    for spec in compat.layer_specs(groups[0].kv_cache_spec):
+        if type(spec) not in _SERVED:
             return f"layer spec {type(spec).__module__}.{type(spec).__qualname__} is not known to kvmp"
-    return None
+    return compat.unsupported_group(groups[0])
+
+
+def _several(groups: int, specs: list[Any]) -> str:
+    named = ", ".join(sorted({type(spec).__qualname__ for spec in specs}))
+    mend = "; start vLLM with --disable-hybrid-kv-cache-manager" if _united(dict(enumerate(specs))) else ""
+    return f"the engine has {groups} KV-cache groups, of {named}; kvmp serves engines of one{mend}"
 
 
 def unite(vllm_config: Any, logger: logging.Logger) -> bool:
-    """Has vLLM keep a model's kinds of attention in one KV-cache group, where it can; False where kvmp cannot serve it.
+    """Has vLLM keep a model's kinds of attention in one KV-cache group, where it can; False where kvmp serves none.
 
     vLLM itself does so for connectors without `SupportsHMA`, whatever the model: those that cannot be united, such as
     Mamba hybrids, then do not start. To be called where a layout is asked for, which is before layers are grouped.
     """
-    workers = compat.caller_local((_GROUPING_CALL,), "kv_cache_specs")
+    workers = compat.specs_to_group()
     if workers is None:
         return True
-    if compat.unsupported_parallel(vllm_config):
+    if compat.unsupported_parallel(vllm_config) or compat.unsupported_sleep_on_gpu(vllm_config):
         return False
     apart = {name: spec for specs in workers for name, spec in specs.items()}
     united = _united(apart)
-    if not united or any(type(spec) not in _KNOWN_LAYER_SPECS for spec in united.values()):
-        return False
-    scheduler = vllm_config.scheduler_config
-    if united != apart and not scheduler.disable_hybrid_kv_cache_manager:
-        scheduler.disable_hybrid_kv_cache_manager = True
+    if united != apart and united and not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
         logger.info("kvmp: this model's kinds of attention are kept in one KV-cache group, as kvmp serves one")
-    return True
+    return bool(united)
 
 
-def _united(apart: dict[str, Any]) -> dict[str, Any]:
-    """The layer specs as those of one group; none where they cannot be."""
-    united = dict(apart)
-    if not all(isinstance(spec, kv_cache_interface.AttentionSpec) for spec in apart.values()):
+def follow(vllm_config: Any, kv_cache_config: Any) -> None:
+    """Has a worker's configuration say what its engine core's says, where groups were united.
+
+    The worker's is a copy of before that. Other connectors of a MultiConnector read there how caches are grouped.
+    """
+    specs = compat.all_layer_specs(kv_cache_config)
+    is_local = [getattr(spec, name, None) for spec in specs for name in ("sliding_window", "attention_chunk_size")]
+    if any(is_local) and not unsupported_cache(kv_cache_config):
+        vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
+
+
+def _united(apart: dict[Any, Any]) -> dict[Any, Any]:
+    """The layer specs as those of one group that kvmp serves; none where they cannot be."""
+    united, found = dict(apart), {type(spec) for spec in apart.values()}
+    # What vLLM would refuse is not tried: it might warn of it first.
+    if not found <= {*_SERVED, *_LOCAL} or not found & {*_SERVED}:
         return {}
     try:
         compat.unify_specs()(united)
     except ValueError:
         return {}
-    return united
+    return united if all(type(spec) in _SERVED for spec in united.values()) else {}

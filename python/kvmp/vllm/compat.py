@@ -36,6 +36,9 @@ _NEVER_CUT_TOKENS = 16
 # Where a MultiConnector makes its children, and where it asks them for a layout.
 _MULTI_CONNECTOR_CALLS = ("MultiConnector.__init__", "MultiConnector.get_required_kvcache_layout")
 
+# Where the engine core asks for a layout, and then groups the layers.
+_GROUPING_CALL = "EngineCore._initialize_kv_caches"
+
 
 def host_hit_source() -> Any:
     """The label of hits in host memory (0.32+), None before."""
@@ -82,6 +85,15 @@ def all_layer_specs(kv_cache_config: Any) -> list[Any]:
     return [spec for group in kv_cache_config.kv_cache_groups for spec in layer_specs(group.kv_cache_spec)]
 
 
+def unsupported_group(group: Any) -> str | None:
+    """Why vLLM lets nobody move this group's blocks, None where it does."""
+    if not getattr(group, "enable_kv_transfer", True):
+        return "the engine's KV-cache group must not be transferred (enable_kv_transfer is off)"
+    if getattr(group, "host_resident", False):
+        return "the engine's KV-cache group lies in host memory of its own"
+    return None
+
+
 def _is_cuda() -> bool:
     import torch
     from vllm.platforms import current_platform
@@ -108,6 +120,11 @@ def unsupported_sleep(vllm_config: Any) -> str | None:
     return "vLLM before 0.33 frees the KV cache in a sleep without a word; leave enable_sleep_mode off to use kvmp"
 
 
+def unsupported_sleep_on_gpu(vllm_config: Any) -> str | None:
+    """The same, before it is known where the cache lies."""
+    return unsupported_sleep(vllm_config) if _is_cuda() else None
+
+
 def wished_layout(vllm_config: Any) -> str | None:
     """The memory order of the KV cache that suits kvmp here: one run a block over all layers. None where it might harm.
 
@@ -122,6 +139,11 @@ def wished_layout(vllm_config: Any) -> str | None:
     return "BLHNC"
 
 
+def specs_to_group() -> list[dict[str, Any]] | None:
+    """Each worker's layer specs by name, where the engine core is about to group them and calls us; None elsewhere."""
+    return _caller_local((_GROUPING_CALL,), "kv_cache_specs")
+
+
 def unify_specs() -> Any:
     """vLLM's function that makes several kinds of attention one in a dict of layer specs; ValueError: it cannot."""
     try:
@@ -133,14 +155,14 @@ def unify_specs() -> Any:
 
 def parent_transfer_config() -> Any:
     """The transfer configuration of the MultiConnector that is calling us, None where none is."""
-    vllm_config = caller_local(_MULTI_CONNECTOR_CALLS, "vllm_config")
+    vllm_config = _caller_local(_MULTI_CONNECTOR_CALLS, "vllm_config")
     return None if vllm_config is None else vllm_config.kv_transfer_config
 
 
-def caller_local(calls: tuple[str, ...], name: str) -> Any:
+def _caller_local(calls: tuple[str, ...], name: str) -> Any:
     """What the nearest of these callers of ours has under a name; None where there is none.
 
-    For what vLLM does not hand to a connector. A test holds the names against vLLM's.
+    For what vLLM does not hand to a connector. Tests hold the names against those of every vLLM of the window.
     """
     frame = sys._getframe()
     while frame is not None:

@@ -66,6 +66,7 @@ class KvmpConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler = side
 
     def _make_worker(self) -> None:
+        cache_groups.follow(self._vllm_config, self._kv_cache_config)
         self._worker = WorkerSide(self._vllm_config, self._kv_cache_config, self._options, logger, self._stats)
 
     # Both sides.

@@ -21,6 +21,12 @@ CLASSES = {
     "KVConnectorFactory": "vllm.distributed.kv_transfer.kv_connector.factory",
 }
 TRANSFER_CONFIG = ("vllm.config.kv_transfer", "KVTransferConfig")
+# Methods of vLLM's in whose frames the connector looks something up while they call it (`compat.py`).
+CALLERS = {
+    "EngineCore._initialize_kv_caches": "vllm.v1.engine.core",
+    "MultiConnector.__init__": "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector",
+    "MultiConnector.get_required_kvcache_layout": "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector",
+}
 
 
 def load(version: str) -> dict[str, Any]:
@@ -39,6 +45,7 @@ def gather(version: str, tree: Tree, names: Iterable[str]) -> dict[str, Any]:
         "attributes": _attributes(tree, CLASSES["KVConnectorBase_V1"], "KVConnectorBase_V1"),
         "transfer_config": _fields(tree, *TRANSFER_CONFIG),
         "names": {name: exists(tree, name) for name in names},
+        "callers": {name: caller(tree, module, name) for name, module in CALLERS.items()},
     }
 
 
@@ -116,6 +123,20 @@ def _attributes(tree: Tree, module: str, name: str) -> list[str]:
 
 def _is_stored_on_self(node: ast.Attribute) -> bool:
     return isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self"
+
+
+# Callers.
+
+
+def caller(tree: Tree, module: str, name: str) -> dict[str, list[str]]:
+    """The names that a method binds, and what it calls, in the order of its text."""
+    kind, _, method = name.rpartition(".")
+    [node] = [dict(members(node))[method] for node in tree.lineage(module, kind) if method in dict(members(node))][:1]
+    nodes = sorted((n for n in ast.walk(node) if hasattr(n, "lineno")), key=lambda n: (n.lineno, n.col_offset))
+    bound = {n.arg for n in nodes if isinstance(n, ast.arg)}
+    bound |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    called = [ast.unparse(n.func).rpartition(".")[2] for n in nodes if isinstance(n, ast.Call)]
+    return {"binds": sorted(bound), "calls": list(dict.fromkeys(called))}
 
 
 # Configuration.

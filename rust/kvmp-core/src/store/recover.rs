@@ -67,8 +67,8 @@ impl<T: SlotTable> BlockStore<T> {
         (self.recovery.ready, self.recovery.hashes) = (with_memory(blocks), with_memory(blocks));
     }
 
-    /// Takes over a Cold chunk that had slots of `pages` pages, with the records found in it. The
-    /// namespaces must be known by now.
+    /// Takes over a Cold chunk that had slots of `pages` pages, with the records found in it, of each slot one at most.
+    /// The namespaces must be known by now.
     pub fn recover_chunk(
         &mut self,
         chunk: ChunkId,
@@ -89,6 +89,7 @@ impl<T: SlotTable> BlockStore<T> {
         // Not a loop: the iterator's own runs without moving each record through an `Option`.
         found.into_iter().filter(own).for_each(|record| self.recover_record(class, &record));
         let used = self.recovery.ready.len() + self.held.len() - before;
+        debug_assert!(used <= slots as usize, "a slot was found twice");
         self.free_the_rest(chunk, used as u32);
         Ok(())
     }
