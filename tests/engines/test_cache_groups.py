@@ -25,6 +25,7 @@ class Engines:
     with_windows: Engine
     recurrent: Engine
     encoder: Engine
+    pooler: Engine
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +37,15 @@ def engines(start_engine: StartEngine, tmp_path_factory: pytest.TempPathFactory)
         with_windows = {"model": models.with_windows(folder / "windows")}
         recurrent = {"model": models.recurrent(folder / "recurrent")}
         encoder = {"model": models.encoder(folder / "encoder"), "runner": "pooling"}
+        # The mean of all tokens' states: vLLM ends an engine that is to go on from a prefix.
+        pooler = {"model": models.one_kv_head(folder / "pooler"), "runner": "pooling", "convert": "embed"}
+        pooler["pooler_config"] = {"seq_pooling_type": "MEAN"}
         yield Engines(
             server,
             start_engine(engine_args=with_windows, **served),
             start_engine(engine_args=recurrent, **own_blocks),
             start_engine(engine_args=encoder, **own_blocks),
+            start_engine(engine_args=pooler, **served),
         )
 
 
@@ -66,3 +71,9 @@ def test_a_model_without_a_cache_runs_without_kvmp(engines: Engines) -> None:
     engine = engines.encoder.wait_up()
     assert engine.embed(SMALL_PROMPT) != engine.embed(SMALL_PROMPT[1:])
     assert "kvmp is switched off: the engine has no KV cache" in engine.log_path.read_text()
+
+
+def test_a_model_that_cannot_go_on_from_a_prefix_runs_without_kvmp(engines: Engines) -> None:
+    engine = engines.pooler.wait_up()
+    assert engine.embed(PROMPT) != engine.embed(PROMPT + PROMPT)
+    assert "kvmp is switched off: vLLM's prefix caching is off" in engine.log_path.read_text()

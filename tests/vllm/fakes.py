@@ -402,7 +402,9 @@ def engine_config(folder: str, *, tp: int = 1, extra=None, role: str = "kv_both"
             seed=0,
         ),
         load_config=SimpleNamespace(load_format="auto"),
-        cache_config=SimpleNamespace(cache_dtype="auto", block_size=BLOCK, prefix_caching_hash_algo="sha256"),
+        cache_config=SimpleNamespace(
+            cache_dtype="auto", block_size=BLOCK, prefix_caching_hash_algo="sha256", enable_prefix_caching=True
+        ),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=tp,
             pipeline_parallel_size=1,

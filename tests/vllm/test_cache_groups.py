@@ -28,7 +28,7 @@ STATE = kinds.MambaSpec(shapes=((4, 128),), dtypes=(torch.float32,), block_size=
 @pytest.fixture
 def config(tmp_path):
     config = fakes.engine_config(str(tmp_path))
-    config.cache_config = SimpleNamespace(block_size=16, user_specified_block_size=False, kv_cache_layout=None)
+    vars(config.cache_config).update(block_size=16, user_specified_block_size=False, kv_cache_layout=None)
     config.scheduler_config = SimpleNamespace(disable_hybrid_kv_cache_manager=False)
     config.kv_transfer_config = KVTransferConfig(
         kv_connector="KvmpConnector", kv_connector_module_path="kvmp.vllm.connector", kv_role="kv_both"
@@ -135,6 +135,10 @@ def test_an_engine_that_kvmp_does_not_serve_stays_as_it_is(config, monkeypatch):
     assert not Core().initialize(config, {"0": FULL, "1": WINDOW})
     config.parallel_config.decode_context_parallel_size = 1
     config.cache_config.kv_cache_layout = None
+    config.cache_config.enable_prefix_caching = False
+    assert not Core().initialize(config, {"0": FULL, "1": WINDOW})
+    config.cache_config.kv_cache_layout = None
+    config.cache_config.enable_prefix_caching = True
     config.model_config.enable_sleep_mode = True
     monkeypatch.setattr(compat, "_is_cuda", lambda: True)
     monkeypatch.setattr(compat, "VERSION", (0, 32))
@@ -161,7 +165,18 @@ def test_where_it_looks_is_vllms_own_code():
     [
         ([], "the engine has no KV cache"),
         ([FULL, WINDOW], "the engine has 2 KV-cache groups, of FullAttentionSpec, SlidingWindowSpec"),
+        ([WINDOW], "layers of vllm.v1.kv_cache_interface.SlidingWindowSpec, which kvmp does not serve"),
+        ([dataclasses.replace(FULL, non_causal=True)], "layers that attend to later tokens"),
     ],
 )
 def test_the_reason_it_is_off_names_what_is_there(specs, said):
     assert said in reason_for([SimpleNamespace(kv_cache_spec=spec) for spec in specs])
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_an_engine_that_reuses_no_prefix_itself_is_not_served(config, caching, caplog, monkeypatch):
+    """So vLLM is for models that cannot go on from a prefix, such as a pooler of all tokens."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    config.cache_config.enable_prefix_caching = caching
+    KvmpConnector(config, KVConnectorRole.SCHEDULER, fakes.cache_config())
+    assert ("kvmp is switched off: vLLM's prefix caching is off" in caplog.text) is not caching

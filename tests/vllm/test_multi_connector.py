@@ -42,7 +42,7 @@ CHILDREN = [child("KvmpConnector", "kvmp.vllm.connector"), child("WishesHeadsFir
 def config(tmp_path):
     """A configuration of vLLM's, as far as both connectors read it, for blocks of vLLM's own size."""
     config = fakes.engine_config(str(tmp_path))
-    config.cache_config = SimpleNamespace(block_size=16, user_specified_block_size=False)
+    vars(config.cache_config).update(block_size=16, user_specified_block_size=False)
     config.scheduler_config = SimpleNamespace(disable_hybrid_kv_cache_manager=True)
     return config
 

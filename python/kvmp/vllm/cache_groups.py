@@ -1,4 +1,4 @@
-"""The engine's KV-cache groups: which of them kvmp serves, and how vLLM comes to keep one where it can."""
+"""Which engines' caches kvmp serves, and how vLLM comes to keep a cache in one group where it can."""
 
 from __future__ import annotations
 
@@ -25,8 +25,21 @@ def unsupported_cache(kv_cache_config: Any) -> str | None:
         return _several(len(groups), compat.all_layer_specs(kv_cache_config))
     for spec in compat.layer_specs(groups[0].kv_cache_spec):
         if type(spec) not in _SERVED:
-            return f"layer spec {type(spec).__module__}.{type(spec).__qualname__} is not known to kvmp"
+            return f"it has layers of {type(spec).__module__}.{type(spec).__qualname__}, which kvmp does not serve"
+        if getattr(spec, "non_causal", False):
+            return "it has layers that attend to later tokens: their KV is not that of a prefix alone"
     return compat.unsupported_group(groups[0])
+
+
+def unsupported_engine(vllm_config: Any) -> str | None:
+    """Why this engine's configuration is beyond the connector, None when it is not.
+
+    vLLM switches its prefix caching off where a prefix's KV is no function of the prefix, or where a forward must have
+    the whole prompt: non-causal attention, pooling over all tokens. What is found in kvmp is a prefix as well.
+    """
+    if not vllm_config.cache_config.enable_prefix_caching:
+        return "vLLM's prefix caching is off: this model cannot go on from a prefix's KV, or the user does not want it"
+    return compat.unsupported_parallel(vllm_config)
 
 
 def _several(groups: int, specs: list[Any]) -> str:
@@ -44,13 +57,16 @@ def unite(vllm_config: Any, logger: logging.Logger) -> bool:
     workers = compat.specs_to_group()
     if workers is None:
         return True
-    if compat.unsupported_parallel(vllm_config) or compat.unsupported_sleep_on_gpu(vllm_config):
+    if unsupported_engine(vllm_config) or compat.unsupported_sleep_on_gpu(vllm_config):
         return False
     apart = {name: spec for specs in workers for name, spec in specs.items()}
     united = _united(apart)
     if united != apart and united and not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
-        logger.info("kvmp: this model's kinds of attention are kept in one KV-cache group, as kvmp serves one")
+        logger.warning(
+            "kvmp: this model's kinds of attention are kept in one KV-cache group, as kvmp serves one. Blocks that "
+            "have left a sliding window keep their memory then, so a shorter max_model_len may fit than without kvmp."
+        )
     return bool(united)
 
 

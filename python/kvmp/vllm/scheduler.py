@@ -40,7 +40,7 @@ class SchedulerSide:
         self._lookups: Lookups | None = None
         self._stores: Stores | None = None
         self._loads: Loads | None = None
-        reason = cache_groups.unsupported_cache(kv_cache_config) or compat.unsupported_parallel(vllm_config)
+        reason = cache_groups.unsupported_cache(kv_cache_config) or cache_groups.unsupported_engine(vllm_config)
         if reason:
             self.switch_off(reason)
             return
