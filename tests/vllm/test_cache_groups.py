@@ -165,8 +165,8 @@ def test_where_it_looks_is_vllms_own_code():
     [
         ([], "the engine has no KV cache"),
         ([FULL, WINDOW], "the engine has 2 KV-cache groups, of FullAttentionSpec, SlidingWindowSpec"),
-        ([WINDOW], "layers of vllm.v1.kv_cache_interface.SlidingWindowSpec, which kvmp does not serve"),
-        ([dataclasses.replace(FULL, non_causal=True)], "layers that attend to later tokens"),
+        ([WINDOW], "layers are of vllm.v1.kv_cache_interface.SlidingWindowSpec, which kvmp does not serve"),
+        ([dataclasses.replace(FULL, non_causal=True)], "layers attend to later tokens"),
     ],
 )
 def test_the_reason_it_is_off_names_what_is_there(specs, said):

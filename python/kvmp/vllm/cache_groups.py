@@ -25,9 +25,9 @@ def unsupported_cache(kv_cache_config: Any) -> str | None:
         return _several(len(groups), compat.all_layer_specs(kv_cache_config))
     for spec in compat.layer_specs(groups[0].kv_cache_spec):
         if type(spec) not in _SERVED:
-            return f"the model has layers of {type(spec).__module__}.{type(spec).__qualname__}, which kvmp does not serve"
+            return f"layers are of {type(spec).__module__}.{type(spec).__qualname__}, which kvmp does not serve"
         if getattr(spec, "non_causal", False):
-            return "the model has layers that attend to later tokens: their KV is not that of a prefix alone"
+            return "layers attend to later tokens: their KV is not that of a prefix alone"
     return compat.unsupported_group(groups[0])
 
 
