@@ -129,9 +129,16 @@ def _is_stored_on_self(node: ast.Attribute) -> bool:
 
 
 def caller(tree: Tree, module: str, name: str) -> dict[str, list[str]]:
-    """The names that a method binds, and what it calls, in the order of its text."""
+    """The names that a method binds, and what it calls, in the order of its text.
+
+    Raises:
+        LookupError: there is no such method.
+    """
     kind, _, method = name.rpartition(".")
-    [node] = [dict(members(node))[method] for node in tree.lineage(module, kind) if method in dict(members(node))][:1]
+    bodies = (dict(members(node)) for node in tree.lineage(module, kind))
+    node = next((body[method] for body in bodies if method in body), None)
+    if node is None:
+        raise LookupError(f"{module} has no {name}: see in compat.py what kvmp looks up there, and where it is now")
     nodes = sorted((n for n in ast.walk(node) if hasattr(n, "lineno")), key=lambda n: (n.lineno, n.col_offset))
     bound = {n.arg for n in nodes if isinstance(n, ast.arg)}
     bound |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
